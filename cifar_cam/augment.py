@@ -65,7 +65,7 @@ class Flip(DisplayedTransform):
         flip = torch.rand(len(x), device=x.device) < 0.5
         return torch.where(flip[:, None, None, None], x.flip(-1), x)
 
-# %% ../nbs/02_augment.ipynb #a6af4fae
+# %% ../nbs/02_augment.ipynb #93f7a74a
 class Cutout(DisplayedTransform):
     "A square hole of `size` pixels, centred anywhere, clipped at the border, filled with the data set's mean (DeVries & Taylor 2017)"
     split_idx,order = 0,3
@@ -77,20 +77,22 @@ class Cutout(DisplayedTransform):
         if size < 1: raise InputError(f'Cutout size {size}: the hole needs a side of at least 1 pixel')
         self.size,self.fill = size,fill
 
-    def setups(self, dl):
-        norm = first(t for t in dl.after_batch.fs if isinstance(t, Normalize))
-        if self.fill is None and norm is not None: self.fill = tuple(norm.mean.flatten().tolist())
+    def setups(self, dl): self.batch_tfms = dl.after_batch
 
-    def _fill(self): return [round(255*c) for c in self.fill or (.5,.5,.5)]
+    def _rgb(self):
+        if self.fill is None:
+            norm = first(t for t in self.batch_tfms.fs if isinstance(t, Normalize)) if hasattr(self, 'batch_tfms') else None
+            self.fill = tuple(norm.mean.flatten().tolist()) if norm else (.5,.5,.5)
+        return [round(255*c) for c in self.fill]
 
     def encodes(self, x:PILImage):
         (w,h),s,x = x.size,self.size,x.copy()
         left,top = random.randrange(w) - s//2,random.randrange(h) - s//2
-        x.paste(tuple(self._fill()), (max(left,0), max(top,0), min(left + s, w), min(top + s, h)))
+        x.paste(tuple(self._rgb()), (max(left,0), max(top,0), min(left + s, w), min(top + s, h)))
         return x
 
     def encodes(self, x:TensorImage):
-        fill = torch.tensor(self._fill(), device=x.device, dtype=torch.float32)
+        fill = torch.tensor(self._rgb(), device=x.device, dtype=torch.float32)
         if x.is_floating_point(): fill /= 255
         rows,cols = (_span(x.shape[d], self.size, len(x), x.device) for d in (-2, -1))
         return torch.where(rows[:, None, :, None] & cols[:, None, None, :], fill.to(x.dtype)[None, :, None, None], x)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'head_leaf', 'unwrap', 'untouched', 'map_sizes', 'stages', 'find_layer', 'cam_layer', 'class_indices',
-           'target_pair', 'DifferenceTarget', 'cam_method', 'scale_maps', 'CamMaps', 'cam_maps']
+           'target_pair', 'DifferenceTarget', 'cam_method', 'scale_maps', 'CamMaps', 'cam_maps', 'all_cams']
 
-# %% ../nbs/06_cam.ipynb #f4d31eac
+# %% ../nbs/06_cam.ipynb #3c49afbd
 import io, operator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from copy import deepcopy
 from functools import partial
+from inspect import signature
 from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
@@ -196,7 +197,7 @@ def target_pair(
     if len(targets) != 2: raise ValueError(f"a tuple of {len(targets)} targets: a tuple is a pair (a, b); for one class an image pass a list")
     return tuple(class_indices(t, logits, vocab) for t in targets)
 
-# %% ../nbs/06_cam.ipynb #1f4d53cc
+# %% ../nbs/06_cam.ipynb #00d1cc6d
 class DifferenceTarget:
     "Logit `a` minus logit `b`, in the manner of the library's targets"
     def __init__(self, a:int, b:int): self.a,self.b = a,b
@@ -212,7 +213,7 @@ def _finer_targets(logits, a, b, alpha=1, comparison_categories=(1,2,3)):
     from pytorch_grad_cam.utils.model_targets import FinerWeightedTarget
     if b is not None: return [FinerWeightedTarget(i, [j], alpha) for i,j in zip(a.tolist(), b.tolist())]
     gap = (logits - logits.gather(1, a[:, None])).abs().scatter(1, a[:, None], -1)
-    order = gap.argsort(1, stable=True).tolist()
+    order = gap.argsort(dim=1, stable=True).tolist()
     return [FinerWeightedTarget(i, [o[r] for r in comparison_categories if r < len(o)], alpha) for i,o in zip(a.tolist(), order)]
 
 # %% ../nbs/06_cam.ipynb #303389f1
@@ -252,7 +253,7 @@ def _cam_image(cam, key, x, layer, targets, acts, grads, eigen_smooth=False):
     image = cam.get_cam_image(x, layer, targets, acts, grads, eigen_smooth)
     return torch.from_numpy(np.asarray(image, dtype=np.float32)).to(x.device)
 
-# %% ../nbs/06_cam.ipynb #9194d8ff
+# %% ../nbs/06_cam.ipynb #4dccde3a
 class _Float32(nn.Module):
     "`net`, of any precision, with float32 at both ends"
     def __init__(self, net):
@@ -272,11 +273,14 @@ def _head_pass(model, x, layer, ask, needs_grad, twice=False):
     if len(leaves) != 1: raise ValueError(f"the {type(layer).__name__} given as layer runs {len(leaves)} times in a pass: choose one that runs once")
     targets,score = ask(logits.detach())
     if not needs_grad: return leaves[0],None,logits,targets
-    if not logits.requires_grad: raise ValueError(f"no gradient goes from the logits to the {type(layer).__name__} given as layer")
-    with torch.enable_grad(): grads, = torch.autograd.grad(score(logits), leaves[0], create_graph=twice, allow_unused=True)
+    grads = None
+    with torch.enable_grad():
+        if logits.requires_grad: grads, = torch.autograd.grad(score(logits), leaves[0], create_graph=twice, allow_unused=True)
+    if grads is None: raise ValueError(f"the logits do not depend on the {type(layer).__name__} given as layer: choose another")
+    if twice and not grads.requires_grad: grads.requires_grad_() # a linear head: the second derivative is zero, not an error
     return leaves[0],grads,logits.detach(),targets
 
-# %% ../nbs/06_cam.ipynb #be4e8952
+# %% ../nbs/06_cam.ipynb #975acdc9
 def _asker(key, targets, vocab, options):
     "A function of the logits: (a target for each image, the function whose gradient is wanted)"
     def ask(logits):
@@ -288,20 +292,23 @@ def _asker(key, targets, vocab, options):
         return _plain_targets(logits, a, b),score
     return ask
 
-def _layer_maps(model, x, key, cls, layer, ask, eigen_smooth=False, batch_size=64, **kwargs):
-    "Signed maps N×h×w and logits, for the methods that look at one layer"
+def _library_cam(model, key, cls, batch_size, options):
+    "The library's object for `cls`, hung on no layer"
     from pytorch_grad_cam import AblationLayer
-    if key == 'ablationcam': kwargs = dict(batch_size=batch_size, ablation_layer=AblationLayer()) | kwargs
+    if key == 'ablationcam': options = dict(batch_size=batch_size, ablation_layer=AblationLayer()) | options
     if key == 'scorecam': cls = type('ScoreCAM', (cls,), dict(batch_size=batch_size))
-    cam = cls(_Float32(model), [], **kwargs)
+    return cls(_Float32(model), [], **options)
+
+def _layer_maps(model, x, key, cls, layer, ask, eigen_smooth=False, batch_size=64, **options):
+    "Signed maps N×h×w and logits, for the methods that look at one layer"
+    cam = _library_cam(model, key, cls, batch_size, options)
     acts,grads,logits,targets = _head_pass(model, x, layer, ask, cam.uses_gradients, twice=not cam.detach)
-    if grads is not None and not cam.detach and not grads.requires_grad: grads.requires_grad_()
-    step = max(1, 2**25//(acts.shape[1]*x[0].numel())) if key == 'scorecam' else max(1, len(x))
-    parts = [slice(i, i+step) for i in range(0, len(x), step)]
-    quiet = redirect_stderr(io.StringIO()) if key in ('scorecam', 'ablationcam') else nullcontext()
-    with quiet: maps = [_cam_image(cam, key, x[s], layer, targets[s], acts[s] if len(parts) > 1 else acts,
-                                   grads if grads is None or len(parts) == 1 else grads[s], eigen_smooth) for s in parts]
-    return torch.cat(maps),logits
+    quiet = redirect_stderr(io.StringIO()) if key in ('scorecam', 'ablationcam') else nullcontext() # their progress bars
+    image = lambda s: _cam_image(cam, key, x[s], layer, targets[s], acts[s], grads, eigen_smooth)
+    with quiet:
+        if key != 'scorecam': return _cam_image(cam, key, x, layer, targets, acts, grads, eigen_smooth),logits
+        step = max(1, 2**25//(acts.shape[1]*x[0].numel())) # it holds an image for each channel: 128 MB at most
+        return torch.cat([image(slice(i, i+step)) for i in range(0, len(x), step)]),logits
 
 # %% ../nbs/06_cam.ipynb #75ee4ce9
 def _fullgrad_maps(model, x, cls, ask, batch_size=16, **kwargs):
@@ -341,7 +348,7 @@ def scale_maps(
     m = _minmax(F.interpolate(_minmax(m)[:, None], size=size, mode='bilinear', align_corners=False)[:, 0])
     return m.masked_fill(blank[:, None, None], 0),blank
 
-# %% ../nbs/06_cam.ipynb #79af4bc7
+# %% ../nbs/06_cam.ipynb #f071a0b8
 class CamMaps(NamedTuple):
     "What `cam_maps` returns, on the model's device"
     maps: torch.Tensor # float32 N×H×W in [0,1]; with `raw`, signed N×h×w
@@ -355,6 +362,14 @@ def _images(model, xb):
     if not xb.is_floating_point(): raise ValueError(f"xb is {xb.dtype}: pass normalised images, as the model was trained on")
     with torch.inference_mode(False): return _like(model, xb.clone() if xb.is_inference() else xb)
 
+def _check_options(key, cls, given):
+    "Raises TypeError for an option that the method does not have"
+    own = set(signature(cls).parameters) - {'self', 'model', 'target_layers', 'reshape_transform', 'kwargs'}
+    if key == 'finercam': own |= {'alpha', 'comparison_categories'}
+    if key in ('scorecam', 'ablationcam', 'fullgrad'): own.add('batch_size')
+    if key not in ('fullgrad', 'refinecam'): own.add('eigen_smooth')
+    if bad := set(given) - own: raise TypeError(f"{key} has no option {', '.join(sorted(bad))}: its options are {', '.join(sorted(own)) or 'none'}")
+
 def _target_layers(model, x, key, layer, min_px):
     "(name, module) of each target layer: one, but for RefineCAM, whose 'auto' is the last stage of each size"
     if isinstance(layer, (list, tuple)) and key == 'refinecam': return [_pick_layer(model, l, x[:1], min_px) for l in layer]
@@ -365,7 +380,7 @@ def _target_layers(model, x, key, layer, min_px):
     sizes = map_sizes(model, x[:1])
     return [find_layer(model, n) for n in {sizes[n]: n for n in stages(model, sizes, min_px)}.values()]
 
-# %% ../nbs/06_cam.ipynb #5af08495
+# %% ../nbs/06_cam.ipynb #1f1508cd
 def cam_maps(
     model:nn.Module, # a classifier of images; compiled and data-parallel ones too
     xb:torch.Tensor, # normalised images: N×C×H×W
@@ -379,6 +394,7 @@ def cam_maps(
 ) -> CamMaps: # maps, preds, blank
     "Class activation maps. Raises ValueError for an unknown method, layer or target, and for a layer whose map is too small"
     (key,cls),model = cam_method(method),unwrap(model)
+    _check_options(key, cls, kwargs)
     x,core,base = _images(model, xb),key,cls
     if key in ('finercam', 'refinecam'): core,base = cam_method(kwargs.pop('base_method', 'gradcam++' if key=='refinecam' else 'gradcam'))
     finer = {k: kwargs.pop(k) for k in ('alpha', 'comparison_categories') if key == 'finercam' and k in kwargs}
@@ -395,3 +411,24 @@ def cam_maps(
     maps,blank = scale_maps(signed, x.shape[-2:])
     if raw: maps = signed.nan_to_num(0, 0, 0)
     return CamMaps(maps, preds, blank)
+
+# %% ../nbs/06_cam.ipynb #a9d80c8f
+def all_cams(
+    model:nn.Module, # a classifier of images
+    dl:Iterable, # batches: images, or a tuple that begins with images and labels
+    method:str='gradcam', # a key of `METHODS`, in any case
+    layer:str|nn.Module='auto', # found once, at the size of the first batch
+    targets=None, # as for `cam_maps`, or 'true': each image's label
+    min_px:int=5, # see `cam_layer`
+    progress:bool=True, # show a bar
+    **kwargs, # as for `cam_maps`
+) -> Iterator: # a `CamMaps` for each batch
+    "The class activation maps of a loader's images, batch by batch in bounded memory. Raises ValueError as `cam_maps` does"
+    key,one_layer = cam_method(method)[0],isinstance(layer, str) and layer == 'auto'
+    for b in (progress_bar(dl, leave=False) if progress else dl):
+        xb,*yb = b if isinstance(b, (tuple, list)) else [b]
+        label = lambda t: yb[0] if isinstance(t, str) and t == 'true' else t
+        asked = tuple(map(label, targets)) if isinstance(targets, tuple) else label(targets)
+        if one_layer and key not in ('fullgrad', 'refinecam'):
+            layer,one_layer = _pick_layer(unwrap(model), 'auto', _images(unwrap(model), xb)[:1], min_px)[1],False
+        yield cam_maps(model, xb, method, layer, asked, min_px=min_px, **kwargs)

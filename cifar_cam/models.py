@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'norm_layer', 'cifar_resnet', 'resnet18', 'resnet34', 'count_parameters', 'conv_norm', 'Scale', 'Residual',
-           'davidnet', 'build_model']
+           'davidnet', 'layer_table', 'plot_network', 'build_model']
 
-# %% ../nbs/03_models.ipynb #a18992f3
+# %% ../nbs/03_models.ipynb #be3153cd
 from collections import OrderedDict
 from functools import partial
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -98,6 +100,45 @@ def davidnet(
         layer2=conv_norm(128, 256, norm, pool=True),
         layer3=nn.Sequential(conv_norm(256, 512, norm, pool=True), Residual(512, norm)),
         pool=nn.AdaptiveMaxPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(512, n_out), scale=Scale(1/8)))
+
+# %% ../nbs/03_models.ipynb #cdd11eb5
+def layer_table(
+    model:nn.Module, # any network of images
+    size:int=32, # side of the images in pixels
+) -> pd.DataFrame:
+    "Each layer in the order of the forward pass: its name, kind, output shape and parameters"
+    rows,handles = [],[]
+    def hook(name): return lambda m,_,out: rows.append((name, type(m).__name__, tuple(out.shape[1:]), count_parameters(m)))
+    for name,m in model.named_modules():
+        if not list(m.children()): handles.append(m.register_forward_hook(hook(name)))
+    training,device = model.training,next(model.parameters()).device
+    try:
+        with torch.no_grad(): model.eval()(torch.zeros(1, 3, size, size, device=device))
+    finally:
+        model.train(training)
+        for h in handles: h.remove()
+    return pd.DataFrame(rows, columns=['layer','kind','output','parameters'])
+
+# %% ../nbs/03_models.ipynb #e030f46b
+def plot_network(
+    model:nn.Module, # a network whose stages are its children
+    size:int=32, # side of the images in pixels
+):
+    "The stages of `model` as boxes: height is the side of the map, width the number of channels, each on a root scale"
+    table = layer_table(model, size)
+    table['stage'] = table.layer.str.split('.').str[0]
+    stages = table.groupby('stage', sort=False).agg(output=('output','last'), parameters=('parameters','sum'))
+    fig,ax = plt.subplots(figsize=(10, 3), layout='constrained')
+    x = 0
+    for name,(shape,n) in stages.iterrows():
+        w,h = shape[0]**.5/8, (shape[1] if len(shape) > 1 else 1)**.5
+        ax.add_patch(plt.Rectangle((x, -h/2), w, h, fc='C0' if n else '0.85', ec='k', alpha=.7))
+        ax.text(x + w/2, h/2 + .2, f"{name}\n{'×'.join(map(str, shape))}", ha='center', fontsize=8)
+        ax.text(x + w/2, -h/2 - .2, f'{n:,}' if n else '', ha='center', va='top', fontsize=7, color='0.3')
+        x += w + 1.4
+    ax.set(xlim=(-1, x), ylim=(-4, 5))
+    ax.axis('off')
+    return fig
 
 # %% ../nbs/03_models.ipynb #4338b94e
 MODELS = dict(resnet18=resnet18, resnet34=resnet34, davidnet=davidnet)

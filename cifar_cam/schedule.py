@@ -61,11 +61,12 @@ def fit_triangle(self:Learner,
     sched = ParamScheduler({'lr': triangle(lr_min, lr_max, peak/n_epoch)})
     self.fit(n_epoch, cbs=L(sched) + L(cbs), **kwargs)
 
-# %% ../nbs/04_schedule.ipynb #7c315646
+# %% ../nbs/04_schedule.ipynb #680c6893
 def _at_fall(share, lrs, losses):
-    low = losses.argmin()
-    start = losses[:low + 1].max()
-    i = (losses <= start - share*(start - losses[low])).nonzero()[0].item()
+    low,start = losses.argmin(),losses[:10].mean()
+    if not losses[low] < .95*start: raise InputError('the loss hardly falls at any learning rate: nothing to pick; try more steps')
+    above = (losses[:low] > start - share*(start - losses[low])).nonzero()
+    i = above[-1].item() + 1  # the last crossing: an early dip of a noisy loss is not the fall
     return lrs[i].item(), (lrs[i].item(), losses[i])
 
 def lr_min(lrs, losses, num_it):

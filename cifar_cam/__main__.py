@@ -1,0 +1,5 @@
+import sys
+
+from cifar_cam.cli import main
+
+sys.exit(main())

@@ -1,0 +1,56 @@
+"Data sets that several tests share. Everything is drawn in a temporary folder; nothing of the user's is touched."
+import os
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+matplotlib.use('Agg')
+
+import torch
+from fastai.data.external import fastai_cfg
+
+from cifar_cam.shapes import shapes_path
+
+
+@pytest.fixture(autouse=True)
+def fastai_home(tmp_path_factory, monkeypatch):
+    "fastai's data folder is one temporary folder for the whole test run"
+    home = tmp_path_factory.getbasetemp()/'fastai'
+    home.mkdir(exist_ok=True)
+    monkeypatch.setitem(fastai_cfg().d, 'data', str(home))
+    monkeypatch.delenv('CIFAR_CAM_DATA', raising=False)
+    return home
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory):
+    "A small Shapes10: 300 training and 100 test images"
+    return shapes_path(tmp_path_factory.mktemp('shapes'), n_train=300, n_test=100)
+
+
+@pytest.fixture(scope='session')
+def colours(tmp_path_factory):
+    "Images of one colour with noise, 40 + 10 in each of 4 classes: any network learns them in a few steps"
+    root,rng = tmp_path_factory.mktemp('colours'),np.random.default_rng(0)
+    for name,rgb in dict(blue=(40,40,200), green=(40,200,40), grey=(120,120,120), red=(200,40,40)).items():
+        for split,n in ('train', 40), ('test', 10):
+            (root/split/name).mkdir(parents=True)
+            for i in range(n):
+                noisy = (rgb + rng.normal(0, 25, (32, 32, 3))).clip(0, 255).astype('uint8')
+                Image.fromarray(noisy).save(root/split/name/f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='session')
+def cifar10():
+    "The real CIFAR-10, where CIFAR_CAM_DATA names it"
+    data = os.environ.get('CIFAR_CAM_DATA')
+    if not data: pytest.skip('needs the real CIFAR-10: set CIFAR_CAM_DATA to its folder or .tgz')
+    from cifar_cam.data import cifar_path
+    return cifar_path(data)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('cuda') and not torch.cuda.is_available(): pytest.skip('needs a CUDA device')

@@ -1,0 +1,102 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import PILImage, Pipeline, TensorImage
+
+from cifar_cam.augment import Albumentations, Cutout, Flip, PadCrop, albumentations_augment, cifar_augment
+from cifar_cam.data import InputError
+
+
+@pytest.fixture
+def img():
+    return PILImage.create(np.random.default_rng(0).integers(1, 255, (32, 32, 3), dtype=np.uint8))
+
+
+def batch_of(img, n): return TensorImage(np.array(img)).permute(2, 0, 1)[None].repeat(n, 1, 1, 1)
+def as_tensor(img): return torch.from_numpy(np.array(img)).permute(2, 0, 1)
+
+
+def draws(tfm, img, n):
+    "n transformed copies, item by item and as a batch, each n×3×H×W"
+    random.seed(0); torch.manual_seed(0)
+    return torch.stack([as_tensor(tfm(img, split_idx=0)) for _ in range(n)]), tfm(batch_of(img, n), split_idx=0)
+
+
+@pytest.mark.parametrize('mode', ['reflect', 'constant'])
+def test_pad_crop_gives_each_shift_of_the_padded_image_as_often(img, mode):
+    padded = np.pad(np.array(img), ((4,4),(4,4),(0,0)), mode=mode)
+    windows = {padded[i:i+32, j:j+32].transpose(2, 0, 1).tobytes(): (i, j) for i in range(9) for j in range(9)}
+    for out in draws(PadCrop(4, mode), img, 1600):
+        shifts = [windows[np.ascontiguousarray(o.numpy()).tobytes()] for o in out]   # KeyError: not a window of the padded image
+        for axis in zip(*shifts):
+            counts = np.bincount(axis, minlength=9)
+            assert counts.min() > 120 and counts.max() < 240   # 178 on average, standard deviation 12.6
+
+
+def test_flip_mirrors_one_in_two(img):
+    for out in draws(Flip(), img, 800):
+        mirrored = (out == as_tensor(img).flip(-1)).flatten(1).all(1)
+        assert ((out == as_tensor(img)).flatten(1).all(1) ^ mirrored).all()
+        assert 330 < mirrored.sum() < 470
+
+
+@pytest.mark.parametrize('size', [1, 7, 8, 16])
+def test_cutout_is_centred_anywhere_and_clipped_at_the_border(img, size):
+    tfm = Cutout(size, fill=(0, 0, 0))
+    for out in draws(tfm, img, 1500):
+        hole = (out == 0).all(1)
+        rows,cols = hole.any(2),hole.any(1)
+        assert (hole == (rows[:, :, None] & cols[:, None, :])).all()     # a rectangle
+        for span in rows.sum(1),cols.sum(1):
+            assert span.max() == size and span.min() >= max(1, size//2)  # at most half of it lies outside
+        # each pixel of an axis is a centre as often, so a pixel far from the border is hit with probability size/32
+        assert abs(rows[:, 16].float().mean() - size/32) < 0.05
+        corner = (size//2 + 1)/32
+        assert abs(rows[:, 0].float().mean() - corner) < 0.05
+        untouched = torch.where(hole[:, None], as_tensor(img), out)
+        assert (untouched == as_tensor(img)).all()
+
+
+def test_the_order_is_crop_flip_cutout_whatever_the_list(img):
+    names = [type(t).__name__ for t in Pipeline(list(reversed(cifar_augment()))).fs]
+    assert names == ['PadCrop', 'Flip', 'Cutout']
+
+
+def test_validation_images_are_left_alone(img):
+    for tfm in cifar_augment() + albumentations_augment():
+        for idx in 1, 2: assert np.array_equal(np.array(tfm(img, split_idx=idx)), np.array(img))
+
+
+def test_batches_stay_bytes_and_do_not_change_their_source(img):
+    x = batch_of(img, 4)
+    y = Pipeline(cifar_augment(), split_idx=0)(x)
+    assert y.dtype == torch.uint8 and y.shape == x.shape and type(y) is TensorImage
+    assert (x == as_tensor(img)).all()
+
+
+def test_images_in_a_batch_are_changed_independently(img):
+    out = Pipeline(cifar_augment(), split_idx=0)(batch_of(img, 64))
+    assert len({o.numpy().tobytes() for o in out}) > 60
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(InputError, match='Cutout size 0'): Cutout(0)
+    with pytest.raises(InputError, match='wrap'): PadCrop(mode='wrap')
+
+
+def test_albumentations_gets_and_gives_numpy_and_repeats_with_the_seed(img):
+    import albumentations as A
+    seen = []
+    def note(image, **kw):
+        seen.append((type(image), image.dtype, image.shape))
+        return 255 - image
+    out = Albumentations(A.Compose([A.Lambda(image=note, p=1)]))(img, split_idx=0)
+    assert seen == [(np.ndarray, np.uint8, (32, 32, 3))]
+    assert type(out) is PILImage and np.array_equal(np.array(out), 255 - np.array(img))
+    tfm = albumentations_augment()[0]
+    def ten(seed):
+        random.seed(seed)
+        return [np.array(tfm(img, split_idx=0)).tobytes() for _ in range(10)]
+    assert ten(1) == ten(1) != ten(2) and len(set(ten(1))) > 5

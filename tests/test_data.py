@@ -1,0 +1,216 @@
+import io, shutil, tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cifar_cam.data as data
+from cifar_cam.augment import Cutout, cifar_augment
+from cifar_cam.data import (CIFAR10, InputError, MemoryDL, check_cifar, cifar_dls, cifar_path, data_checksum, data_path,
+                            hold_out_splitter, image_files, unpack)
+
+
+def fake_cifar(root, train=50, test=10):
+    "A folder like CIFAR-10's with fewer images"
+    for split,n in ('train', train), ('test', test):
+        for c in CIFAR10:
+            (root/split/c).mkdir(parents=True)
+            for i in range(n//10): Image.new('RGB', (32, 32), (i, 0, 0)).save(root/split/c/f'{i}.png')
+    (root/'labels.txt').write_text('\n'.join(CIFAR10))
+    return root
+
+
+@pytest.fixture
+def small_counts(monkeypatch):
+    "`check_cifar` as for a data set of 5 + 1 images a class"
+    source = data.check_cifar
+    def check(path):
+        counts = lambda d: {k: {5: 5000, 1: 1000}.get(n, n) for k,n in image_counts(d).items()}
+        image_counts = data.image_counts
+        with monkeypatch.context() as m:
+            m.setattr(data, 'image_counts', counts)
+            return source(path)
+    monkeypatch.setattr(data, 'check_cifar', check)
+    return check
+
+
+def archive(folder, path, members=()):
+    with tarfile.open(path, 'w:gz') as tar:
+        if folder: tar.add(folder, 'cifar10')
+        for info in members: tar.addfile(info, io.BytesIO(b'x'*info.size))
+    return path
+
+
+def test_a_whole_folder_passes(tmp_path, small_counts):
+    assert small_counts(fake_cifar(tmp_path/'c')) == tmp_path/'c'
+
+
+@pytest.mark.parametrize('spoil, word', [
+    (lambda r: shutil.rmtree(r/'test'), 'test/'),
+    (lambda r: shutil.rmtree(r/'train'/'bird'), 'bird/'),
+    (lambda r: (r/'train'/'cat'/'0.png').unlink(), 'train/cat: 4 images instead of 5,000'),
+    (lambda r: (r/'test'/'catt').mkdir(), 'catt/'),
+])
+def test_what_is_missing_is_named_in_one_line(tmp_path, small_counts, spoil, word):
+    spoil(fake_cifar(tmp_path/'c'))
+    with pytest.raises(InputError) as e: small_counts(tmp_path/'c')
+    assert word in str(e.value) and '\n' not in str(e.value)
+
+
+def test_an_argument_comes_before_the_variable(tmp_path, small_counts, monkeypatch):
+    a,b = fake_cifar(tmp_path/'a'),fake_cifar(tmp_path/'b')
+    monkeypatch.setattr(data, '_folder_or_archive', lambda path, check: Path(path))
+    monkeypatch.setenv('CIFAR_CAM_DATA', str(a))
+    assert cifar_path() == a and cifar_path(b) == b
+
+
+def test_a_path_that_is_not_there_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(InputError, match='no such file or folder.*--data shapes'): cifar_path(tmp_path/'nothing')
+
+
+def test_without_data_and_network_the_message_says_what_to_do(monkeypatch):
+    def fail(url): raise OSError('no network')
+    monkeypatch.setattr(data, 'untar_data', fail)
+    with pytest.raises(InputError, match='--data or CIFAR_CAM_DATA.*--data shapes') as e: cifar_path()
+    assert '\n' not in str(e.value)
+
+
+def test_an_archive_is_unpacked_once(tmp_path, fastai_home):
+    tgz = archive(fake_cifar(tmp_path/'src'), tmp_path/'mine.tgz')
+    path = unpack(tgz, check=lambda p: p)
+    assert path.parent == fastai_home and len(image_files(path)) == 60
+    before = (path/'labels.txt').stat().st_mtime_ns
+    assert unpack(tgz, check=lambda p: p) == path and (path/'labels.txt').stat().st_mtime_ns == before
+    assert not list(fastai_home.glob('.unpacking*'))
+
+
+def _info(name, **kw):
+    info = tarfile.TarInfo(name)
+    for k,v in {"size": 1, **kw}.items(): setattr(info, k, v)
+    return info
+
+
+@pytest.mark.parametrize('member', [_info('../outside.txt'), _info('/tmp/absolute-outside.txt'), _info('cifar10/../../up.txt'),
+                                    _info('cifar10/link', type=tarfile.SYMTYPE, linkname='/etc/passwd', size=0),
+                                    _info('cifar10/dev', type=tarfile.CHRTYPE, size=0)])
+def test_an_archive_that_reaches_out_is_refused_and_leaves_nothing(tmp_path, fastai_home, member):
+    tgz = archive(fake_cifar(tmp_path/'src'), tmp_path/'evil.tgz', [member])
+    there = set(fastai_home.rglob('*')) if fastai_home.exists() else set()
+    if member.name.startswith('/'):  # tarfile's filter makes an absolute name relative: it must not land outside
+        unpack_error = None
+        try: unpack(tgz, check=lambda p: p)
+        except InputError as e: unpack_error = e
+        assert unpack_error and not Path('/tmp/absolute-outside.txt').exists()
+    else:
+        with pytest.raises(InputError, match='evil.tgz'): unpack(tgz, check=lambda p: p)
+    assert set(fastai_home.rglob('*')) == there
+    assert not (fastai_home.parent/'outside.txt').exists()
+
+
+@pytest.mark.parametrize('keep', [0, 1, 100, -200])
+def test_a_truncated_archive_leaves_nothing(tmp_path, fastai_home, keep):
+    tgz = archive(fake_cifar(tmp_path/'src'), tmp_path/'cut.tgz')
+    tgz.write_bytes(tgz.read_bytes()[:keep])
+    there = set(fastai_home.rglob('*')) if fastai_home.exists() else set()
+    with pytest.raises(InputError, match='cut.tgz') as e: unpack(tgz, check=lambda p: p)
+    assert '\n' not in str(e.value)
+    assert set(fastai_home.rglob('*')) == there
+
+
+def test_a_kill_in_the_middle_leaves_nothing_that_passes_for_the_data(tmp_path, fastai_home):
+    tgz = archive(fake_cifar(tmp_path/'src'), tmp_path/'killed.tgz')
+    class Killed(BaseException): pass
+    def check(path): raise Killed
+    with pytest.raises(Killed): unpack(tgz, check=check)
+    assert not list(fastai_home.glob('killed-*'))
+
+
+def test_an_unreadable_image_is_named(tmp_path, shapes):
+    root = Path(shutil.copytree(shapes, tmp_path/'s'))
+    bad = image_files(root)[-7]
+    bad.write_bytes(bad.read_bytes()[:60])
+    for in_memory in True, False:
+        with pytest.raises(InputError, match=bad.name):
+            for b in cifar_dls(root, in_memory=in_memory, num_workers=0).train: pass
+    bad.write_bytes(b'')
+    with pytest.raises(InputError, match=bad.name): cifar_dls(root)
+
+
+def test_an_image_of_another_size_is_named_in_memory(tmp_path, shapes):
+    root = Path(shutil.copytree(shapes, tmp_path/'s'))
+    Image.new('RGB', (40, 32)).save(image_files(root)[3])
+    with pytest.raises(InputError, match='sizes'): cifar_dls(root)
+
+
+def test_train_and_test_must_agree_on_the_classes(tmp_path, shapes):
+    root = Path(shutil.copytree(shapes, tmp_path/'s'))
+    shutil.rmtree(root/'test'/'star')
+    with pytest.raises(InputError, match='star'): data_path(root)
+
+
+def test_hold_out_is_stratified_seeded_and_disjoint(shapes):
+    items = image_files(shapes)
+    train,held,test = hold_out_splitter(50, seed=1)(items)
+    assert len(train) == 250 and len(held) == 50 and len(test) == 100
+    assert not set(train) & set(held) and all(items[i].parent.parent.name == 'train' for i in train + held)
+    assert all(items[i].parent.parent.name == 'test' for i in test)
+    assert set(np.unique([items[i].parent.name for i in held], return_counts=True)[1]) == {5}
+    assert held == hold_out_splitter(50, seed=1)(items)[1] != hold_out_splitter(50, seed=2)(items)[1]
+    assert len(hold_out_splitter(0.1)(items)[1]) == 30
+    for bad in 5, 295, 300, 1.5: 
+        with pytest.raises(InputError, match='hold_out'): hold_out_splitter(bad)(items)
+
+
+def test_both_kinds_of_loaders_agree_on_images_they_do_not_change(shapes):
+    memory,items = (cifar_dls(shapes, cifar_augment(), bs=32, in_memory=m, num_workers=0) for m in (True, False))
+    assert memory.vocab == items.vocab
+    for a,b in zip(memory.valid, items.valid):
+        assert torch.equal(a[1], b[1]) and type(a[1]) is type(b[1]) and type(a[0]) is type(b[0])
+        torch.testing.assert_close(a[0], b[0])
+
+
+def test_every_training_image_comes_once_an_epoch(shapes):
+    dls = cifar_dls(shapes, bs=64)
+    seen = torch.cat([y for _,y in dls.train.new(drop_last=False)])
+    assert len(seen) == 300 and (seen.bincount() == 30).all()
+    assert len(dls.train) == 300//64
+
+
+def test_memory_loaders_open_other_items_too(shapes):
+    dls = cifar_dls(shapes, bs=32)
+    files = [f for f in image_files(shapes) if f.parent.parent.name == 'test'][5:8]
+    dl = dls.test_dl(files, with_labels=True)
+    assert isinstance(dl, MemoryDL)
+    x,y = dl.one_batch()
+    torch.testing.assert_close(x, dls.valid_ds and torch.cat([b[0] for b in dls.valid])[5:8])
+    assert [dls.vocab[i] for i in y] == [f.parent.name for f in files]
+    assert len(dls.test_dl(files).one_batch()) == 1
+
+
+def test_the_hole_is_filled_with_what_normalisation_turns_to_zero(shapes):
+    for in_memory in True, False:
+        dls = cifar_dls(shapes, [Cutout(16)], bs=16, in_memory=in_memory, num_workers=0)
+        x,_ = dls.train.one_batch()
+        assert ((x.abs() < 0.02).all(1).flatten(1).float().mean(1) > 0.06).all()   # a quarter; in a corner, a sixteenth
+        x,_ = dls.valid.one_batch()
+        assert ((x.abs() < 0.02).all(1).flatten(1).float().mean(1) < 0.05).all()
+
+
+def test_the_checksum_notices_a_changed_pixel_and_a_changed_label(tmp_path, shapes):
+    root = Path(shutil.copytree(shapes, tmp_path/'s'))
+    before = data_checksum(root)
+    assert before == data_checksum(shapes)
+    f = image_files(root)[0]
+    f.rename(f.parent.parent/'star'/'moved.png')
+    moved = data_checksum(root)
+    assert moved != before
+    Image.new('RGB', (32, 32)).save(image_files(root)[0])
+    assert data_checksum(root) not in (before, moved)
+
+
+@pytest.mark.real
+def test_the_real_set_is_whole(cifar10):
+    assert check_cifar(cifar10) == cifar10
+    assert len(image_files(cifar10)) == 60_000

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from cifar_cam.data import InputError
+from cifar_cam.models import MODELS, build_model, count_parameters, davidnet, layer_table, resnet18, resnet34
+
+
+@pytest.mark.parametrize('build, n', [(resnet18, 11_173_962), (resnet34, 21_282_122), (davidnet, 6_573_130)])
+def test_parameters_are_the_published_ones(build, n): assert count_parameters(build()) == n
+
+
+@pytest.mark.parametrize('arch', MODELS)
+@pytest.mark.parametrize('norm', ['batch', 'layer', 'group'])
+@pytest.mark.parametrize('size', [32, 48, 64])
+def test_every_network_takes_every_size_and_trains(arch, norm, size):
+    model = build_model(arch, 7, norm)
+    out = model(torch.randn(2, 3, size, size))
+    assert out.shape == (2, 7)
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_layer_norm_does_not_mix_images_and_batch_norm_does():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 32, 32)
+    for norm,alone in ('layer', True), ('group', True), ('batch', False):
+        model = build_model('davidnet', norm=norm).train()
+        with torch.no_grad(): same = torch.allclose(model(x)[:2], model(x[:2]), atol=1e-4)
+        assert same == alone
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(InputError, match='resnet18, resnet34, davidnet'): build_model('resnet50')
+    with pytest.raises(InputError, match='batch, layer, group'): build_model('davidnet', norm='instance')
+
+
+def test_the_layer_table_counts_every_parameter_and_leaves_the_network_alone():
+    model = resnet18().train()
+    before = {k: v.clone() for k,v in model.state_dict().items()}
+    table = layer_table(model)
+    assert table.parameters.sum() == count_parameters(model)
+    assert table.output.iloc[0] == (64, 32, 32) and table.output.iloc[-1] == (10,)
+    assert model.training and all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
