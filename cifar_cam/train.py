@@ -75,7 +75,7 @@ class StopOnNaN(Callback):
         raise InputError(f'the loss is {self.loss_grad.item()} in epoch {self.epoch}, step {self.iter}, at learning rate '
                          f'{self.opt.hypers[-1]["lr"]:.4g}: try a lower one')
 
-# %% ../nbs/05_train.ipynb #7acf5fb3
+# %% ../nbs/05_train.ipynb #9c37e370
 class UpdateRatio(Callback):
     "Every `every` steps, record ‖step‖/‖weights‖ of each weight matrix or kernel"
     order,run_valid = 65,False
@@ -89,10 +89,10 @@ class UpdateRatio(Callback):
         self.old = None
         if not hasattr(self.learn, 'lr_finder') and self.train_iter % self.every == 0:
             self.old = {n: p.clone() for n,p in self._weights().items()}
+            self.steps.append(self.train_iter)
 
     def after_batch(self):
         if self.old is None: return
-        self.steps.append(self.train_iter)
         for n,p in self._weights().items():
             self.ratios.setdefault(n, []).append(((p - self.old[n]).norm()/self.old[n].norm()).item())
         self.old = None
@@ -135,7 +135,14 @@ def save_atomically(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/05_train.ipynb #3f007f52
+# %% ../nbs/05_train.ipynb #f56cb163
+def _plain(o):
+    "NumPy numbers, which schedules leave in the optimizer, as Python's: a checkpoint is loaded without unpickling objects"
+    if isinstance(o, np.generic): return o.item()
+    if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
+    return type(o)(map(_plain, o)) if isinstance(o, (list, tuple)) else o
+
+# %% ../nbs/05_train.ipynb #dc0f410c
 class Checkpoint(Callback):
     "Write `path` after each epoch, and go on from it where it exists"
     order = 70
@@ -160,8 +167,8 @@ class Checkpoint(Callback):
         watchers = {cb.name: {k: v for k,v in vars(cb).items() if k in ('best', 'wait', 'new_best')} for cb in self._watchers()}
         smooth = self.recorder.smooth_loss
         state = dict(model=self.model.state_dict(), opt=self.opt.state_dict(), epochs=self.epoch + 1, watchers=watchers,
-                     smooth_loss=(smooth.count, smooth.val))
-        save_atomically(partial(torch.save, state), self.path)
+                     smooth_loss=(smooth.count, smooth.val.as_subclass(torch.Tensor)))
+        save_atomically(partial(torch.save, _plain(state)), self.path)
 
     def after_fit(self): self.learn.first_epoch = 0
 

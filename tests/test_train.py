@@ -1,0 +1,162 @@
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import Callback, nn
+
+from cifar_cam.augment import cifar_augment
+from cifar_cam.data import InputError, cifar_dls
+from cifar_cam.schedule import Plateau
+from cifar_cam.train import (OPTIMIZERS, Bf16, Checkpoint, L1Penalty, SeedEpochs, StopOnNaN, UpdateRatio, cifar_learner, has_bf16,
+                             plot_update_ratios, save_atomically)
+
+
+def tiny_net():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.Flatten(), nn.Linear(8*64, 10))
+
+
+def tiny_learner(data, tmp_path, in_memory=True, num_workers=0, **kwargs):
+    dls = cifar_dls(data, cifar_augment(8), bs=32, in_memory=in_memory, num_workers=num_workers)
+    return cifar_learner(dls, tiny_net(), path=tmp_path, **{'bf16': False, **kwargs})
+
+
+def quietly(learn, fit):
+    with learn.no_bar(), learn.no_logging(): fit(learn)
+    return [p.detach().clone() for p in learn.model.state_dict().values()], learn.recorder.values
+
+
+def same(a, b): return all(torch.equal(p, q) for p,q in zip(a, b))
+
+
+class StopAt(Callback):
+    "As if the process died in this epoch, at this step"
+    class Dead(BaseException): pass
+    def __init__(self, epoch, step): self.at = epoch, step
+    def after_batch(self):
+        if self.training and (self.epoch, self.iter) == self.at: raise self.Dead
+
+
+@pytest.mark.parametrize('in_memory, workers', [(True, 0), (False, 0), (False, 2)])
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(shapes, tmp_path, in_memory, workers):
+    def train(seed):
+        torch.rand(seed + 1); np.random.rand(3)   # what happened before must not matter
+        learn = tiny_learner(shapes, tmp_path, in_memory, workers, seed=seed)
+        return quietly(learn, lambda l: l.fit_one_cycle(2, .02))
+    (a,va),(b,vb),(c,vc) = train(0),train(0),train(1)
+    assert same(a, b) and va == vb
+    assert not same(a, c) and va != vc
+
+
+FITS = dict(
+    onecycle=lambda l, cbs: l.fit_one_cycle(4, .02, cbs=cbs), triangle=lambda l, cbs: l.fit_triangle(4, .002, .02, peak=1, cbs=cbs),
+    plateau=lambda l, cbs: l.fit(4, .5, cbs=[Plateau(.5, patience=1), *cbs]))
+
+
+@pytest.mark.parametrize('fit', FITS)
+@pytest.mark.parametrize('opt', ['nesterov', 'adam'])
+@pytest.mark.parametrize('at', [(0, 3), (1, 0), (3, 8)])
+def test_a_killed_training_goes_on_to_the_same_numbers(shapes, tmp_path, fit, opt, at):
+    whole,values = quietly(tiny_learner(shapes, tmp_path, opt=opt), lambda l: FITS[fit](l, [Checkpoint(tmp_path/'whole.pt')]))
+    with pytest.raises(StopAt.Dead):
+        quietly(tiny_learner(shapes, tmp_path, opt=opt), lambda l: FITS[fit](l, [Checkpoint(tmp_path/'c.pt'), StopAt(*at)]))
+    resumed,later = quietly(tiny_learner(shapes, tmp_path, opt=opt), lambda l: FITS[fit](l, [Checkpoint(tmp_path/'c.pt')]))
+    assert same(whole, resumed)
+    assert len(later) == 4 - at[0] and later == values[at[0]:]
+
+
+def test_a_finished_training_is_not_trained_further(shapes, tmp_path):
+    done,_ = quietly(tiny_learner(shapes, tmp_path), lambda l: l.fit_one_cycle(2, .02, cbs=Checkpoint(tmp_path/'c.pt')))
+    again,values = quietly(tiny_learner(shapes, tmp_path), lambda l: l.fit_one_cycle(2, .02, cbs=Checkpoint(tmp_path/'c.pt')))
+    assert same(done, again) and values == []
+
+
+def test_a_checkpoint_holds_nothing_that_could_run(shapes, tmp_path):
+    quietly(tiny_learner(shapes, tmp_path), lambda l: l.fit(1, cbs=[Plateau(), Checkpoint(tmp_path/'c.pt')]))
+    state = torch.load(tmp_path/'c.pt', weights_only=True)
+    assert state['epochs'] == 1 and set(state) == {'model', 'opt', 'epochs', 'watchers', 'smooth_loss'}
+
+
+def test_half_a_write_leaves_the_old_file(tmp_path):
+    path = tmp_path/'file'
+    path.write_text('old')
+    def write(tmp):
+        tmp.write_text('half')
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): save_atomically(write, path)
+    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+    save_atomically(lambda tmp: tmp.write_text('new'), path)
+    assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
+
+
+def test_bf16_trains_in_bf16_keeps_float32_weights_and_leaves_nothing_behind(shapes, tmp_path):
+    learn,seen = tiny_learner(shapes, tmp_path, bf16=True),set()
+    learn.model[0].register_forward_hook(lambda m, i, o: seen.add(o.dtype))
+    quietly(learn, lambda l: l.fit(1, .01))
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in learn.model.parameters()} == {torch.float32}
+    assert 'forward' not in vars(learn.model)
+    seen.clear(); learn.model(torch.randn(2, 3, 32, 32))
+    assert seen == {torch.float32}
+    assert learn.get_preds()[0].dtype == torch.float32 and 'forward' not in vars(learn.model)
+
+
+def test_bf16_is_near_float32(shapes, tmp_path):
+    (_,a),(_,b) = (quietly(tiny_learner(shapes, tmp_path, bf16=on), lambda l: l.fit(2, .02)) for on in (True, False))
+    assert abs(a[-1][0] - b[-1][0]) < .05*b[-1][0]
+
+
+def test_bf16_is_chosen_where_the_processor_is_made_for_it(shapes, tmp_path):
+    learn = tiny_learner(shapes, tmp_path, bf16=None)
+    assert bool(learn._grab_cbs(Bf16)) == has_bf16('cpu')
+
+
+def test_l1_moves_every_weight_toward_zero_and_is_not_in_the_reported_loss(shapes, tmp_path):
+    sizes = {}
+    for strength in 0., .01:
+        learn = tiny_learner(shapes, tmp_path, cbs=[L1Penalty(strength)])
+        quietly(learn, lambda l: l.fit(2, .02))
+        sizes[strength] = sum(p.abs().sum() for p in learn.model.parameters()).item()
+    assert sizes[.01] < .8*sizes[0.]
+    learn.model.zero_grad()
+    learn.loss_grad = torch.zeros((), requires_grad=True)
+    learn.training = True
+    learn._grab_cbs(L1Penalty)[0].after_loss()
+    learn.loss_grad.backward()
+    for p in learn.model.parameters(): torch.testing.assert_close(p.grad, .01*p.sign())
+
+
+def test_a_loss_that_is_no_number_stops_at_once_and_says_where(shapes, tmp_path):
+    learn = tiny_learner(shapes, tmp_path)
+    with pytest.raises(InputError, match=r'loss is (nan|inf).*epoch \d+, step \d+, at learning rate 1e\+20'): quietly(learn, lambda l: l.fit(3, 1e20))
+
+
+def test_the_lr_finder_may_diverge(shapes, tmp_path):
+    learn = tiny_learner(shapes, tmp_path)
+    with learn.no_bar(): learn.lr_find(start_lr=1e15, end_lr=1e30, num_it=20, show_plot=False, stop_div=False, suggest_funcs=None)
+
+
+def test_update_ratios_are_the_steps_over_the_weights(shapes, tmp_path):
+    cb = UpdateRatio(every=1)
+    learn = tiny_learner(shapes, tmp_path, opt='sgd', wd=0., cbs=[cb])
+    before = learn.model[0].weight.detach().clone()
+    class Note(Callback):
+        order = 100
+        def after_batch(self):
+            if self.training and self.iter == 0: self.now = self.model[0].weight.detach().clone()
+    note = Note()
+    quietly(learn, lambda l: l.fit(1, .1, cbs=note))
+    assert cb.ratios['0.weight'][0] == pytest.approx(((note.now - before).norm()/before.norm()).item(), rel=1e-4)
+    assert cb.steps == list(range(len(learn.dls.train))) and set(cb.ratios) == {'0.weight', '5.weight'}
+    assert len(plot_update_ratios({'a': cb, 'b': cb}).axes) == 2
+
+
+@pytest.mark.parametrize('opt', OPTIMIZERS)
+def test_every_optimizer_learns_and_takes_a_schedule(colours, tmp_path, opt):
+    dls = cifar_dls(colours, bs=32)
+    learn = cifar_learner(dls, tiny_net(), opt=opt, path=tmp_path, bf16=False)
+    _,values = quietly(learn, lambda l: l.fit_one_cycle(4, .05 if 'sgd' in opt or opt=='nesterov' else .005))
+    assert values[-1][-1] > .9 and values[-1][0] < values[0][0]
+
+
+def test_an_unknown_optimizer_lists_the_known(shapes, tmp_path):
+    with pytest.raises(InputError, match='sgd, nesterov, adam, adamw, rmsprop'): tiny_learner(shapes, tmp_path, opt='lion')
