@@ -109,6 +109,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'cifar_cam/interpret.py'),
                                      'cifar_cam.interpret.CamInterpretation._files': ( 'interpret.html#caminterpretation._files',
                                                                                        'cifar_cam/interpret.py'),
+                                     'cifar_cam.interpret.CamInterpretation._in_turn': ( 'interpret.html#caminterpretation._in_turn',
+                                                                                         'cifar_cam/interpret.py'),
                                      'cifar_cam.interpret.CamInterpretation._inside': ( 'interpret.html#caminterpretation._inside',
                                                                                         'cifar_cam/interpret.py'),
                                      'cifar_cam.interpret.CamInterpretation._names': ( 'interpret.html#caminterpretation._names',

@@ -22,12 +22,12 @@ from .recipes import (draw_run, find_recipe, load_run, pick_lrs, recipe_dls, rec
 
 Setting = Annotated[str, {'action':'append', 'metavar':'KEY=VALUE'}]
 
-# %% ../nbs/11_cli.ipynb #716eb7ce
+# %% ../nbs/11_cli.ipynb #772de24d
 def demo(
     data:str='shapes', # shapes, cifar10, or the PATH of a folder or .tgz
     out:str='runs', # the folder that gets the run's folder
     seed:int=0, # the same seed on the same machine gives the same numbers
-    epochs:int=6, # passes over the training images
+    epochs:int=5, # passes over the training images
     device:str=None, # cpu, cuda, ...; the best there is by default
 ):
     "Train davidnet on ten drawn shapes, and show what it gets wrong and where it looked"
@@ -59,7 +59,7 @@ def train(
     print((path/'summary.json').read_text())
     print(path)
 
-# %% ../nbs/11_cli.ipynb #79e4a929
+# %% ../nbs/11_cli.ipynb #d57cfe3a
 def _changes(settings, **given):
     pairs = [s.partition('=') for s in settings or []]
     for k,eq,_ in pairs:
@@ -69,7 +69,7 @@ def _changes(settings, **given):
 def _say(run):
     m = run.metrics
     print(f"accuracy {100*m['accuracy']:.2f} % on {m['images']:,} test images, {100*m['accuracy_flip_tta']:.2f} % with flip TTA; "
-          f"chosen while training: {run.chosen_on}")
+          f"{run.chosen_on}")
     print(run.path)
 
 # %% ../nbs/11_cli.ipynb #134b55ea

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['overlay', 'fit_text', 'Panels', 'CamInterpretation', 'open_photo', 'explain_image']
 
-# %% ../nbs/07_interpret.ipynb #f0f57395
+# %% ../nbs/07_interpret.ipynb #b8d15b16
 from contextlib import nullcontext
 from functools import lru_cache
 from math import nan
@@ -20,6 +20,7 @@ from matplotlib import colormaps, get_backend
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize as Scale, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from PIL import Image, ImageOps
 from sklearn import metrics as skm
@@ -28,12 +29,12 @@ from torch import nn
 from .cam import cam_maps
 from .data import InputError
 
-# %% ../nbs/07_interpret.ipynb #c4e3d34c
+# %% ../nbs/07_interpret.ipynb #c99181fa
 def overlay(
     image, # H×W×3 uint8, or a PIL image
     cam, # h×w in [0,1], of any size
     alpha:float=0.5, # weight of the map's colours
-    cmap:str='viridis', # a matplotlib colour map
+    cmap:str='inferno', # a matplotlib colour map
 ) -> np.ndarray: # uint8; the image's size, or the next multiple of it above 256 pixels
     "The map in colours over the image: the image's pixels stay crisp, the map is interpolated (bicubic)"
     image = Image.fromarray(np.asarray(image)) if not isinstance(image, Image.Image) else image
@@ -44,25 +45,31 @@ def overlay(
     heat = colours[(255*np.asarray(cam)).round().clip(0, 255).astype(np.uint8)]
     return np.asarray(Image.blend(image, Image.fromarray(heat), alpha))
 
-# %% ../nbs/07_interpret.ipynb #5a75b2f5
+# %% ../nbs/07_interpret.ipynb #a6a84cf2
 @lru_cache(maxsize=4096)
-def _width(text): return TextPath((0, 0), text, size=72).get_extents().width/72 if text.strip() else 0. # in font sizes
+def _width(text, weight='normal'): # in font sizes
+    return TextPath((0, 0), text, size=72, prop=FontProperties(weight=weight)).get_extents().width/72 if text.strip() else 0.
 
-def _cut(text, room): # to `room` font sizes
-    if _width(text) <= room: return text
-    while text and _width(text + '…') > room: text = text[:-1]
-    return text.rstrip() + '…'
+def _cut(text, room, weight='normal'):
+    "`text` without its middle where it is wider than `room` font sizes: classes often differ at the end"
+    short,n = text,len(text)
+    while n and _width(short, weight) > room:
+        n -= 1
+        short = text[:(n+1)//2].rstrip() + '…' + text[len(text) - n//2:].lstrip()
+    return short
 
 def fit_text(
     texts:list, # of one or more lines each
     inches:float, # room for a line
     largest:float=9, # font size in points where there is room
-    smallest:float=6, # below this a line is cut short instead
+    smallest:float=6, # below this a line loses its middle instead
+    weight:str='normal', # of the font
 ) -> tuple: # (texts, font size)
     "One font size at which every line of `texts` fits into `inches`"
-    widest = max((_width(l) for t in texts for l in t.split('\n')), default=0)
+    widest = max((_width(l, weight) for t in texts for l in t.split('\n')), default=0)
     size = max(smallest, min(largest, 72*inches/max(widest, 1e-6)))
-    return ['\n'.join(_cut(l, 72*inches/size*1.001) for l in t.split('\n')) for t in texts],size
+    room = 72*inches/size*1.001 # against rounding
+    return ['\n'.join(_cut(l, room, weight) for l in t.split('\n')) for t in texts],size
 
 # %% ../nbs/07_interpret.ipynb #5bba8178
 class _ShownOnce(Figure):
@@ -77,7 +84,7 @@ def _message(text, figsize=None, dpi=None):
     fig.text(0.5, 0.5, text, ha='center', va='center')
     return fig
 
-# %% ../nbs/07_interpret.ipynb #b07d5a56
+# %% ../nbs/07_interpret.ipynb #4174ce2b
 class Panels:
     "A figure of `rows`×`cols` square panels without axes: `axs[row,col]`"
     def __init__(self, rows:int, cols:int,
@@ -90,27 +97,27 @@ class Panels:
         columns:list=None, # names over the columns
     ):
         self.plain,self.bars,pad,gap = plain,0,0.08,0.08
-        text,top,right = (0.03,0,0) if plain else (0.06 + 0.15*lines, 0.3*bool(head) + 0.2*bool(columns), 0.65*bars)
+        text,top,right = (0.03,0,0) if plain else (0.06 + 0.15*lines, 0.25*bool(head) + 0.2*bool(columns), 0.65*bars)
         w,h = figsize or (cols*(cell + gap) + 2*pad - gap + right, rows*(cell + text) + top + pad)
         self.fig = _new_figure((w, h), dpi)
         cw,ch = max(0.05, (w - 2*pad - right + gap)/cols - gap), max(0.05, (h - top - pad)/rows - text)
         self.axs = self.fig.subplots(rows, cols, squeeze=False, gridspec_kw=dict(wspace=gap/cw, hspace=text/ch, bottom=pad/h,
             left=pad/w, right=max(1.05*pad, w - pad - right)/w, top=max(1.05*pad, h - top - text)/h))
         for ax in self.axs.flat: ax.set_axis_off()
-        self.room,self.right = cw + gap/2,right
+        self.room,self.right = cw,right
         if head and not plain: self.fig.text(pad/w, 1 - 0.06/h, head, va='top', fontsize=9.5, color='0.25')
-        if columns and not plain: self._columns(*fit_text(columns, self.room), 1 - (top - 0.02)/h)
+        if columns and not plain: self._columns(*fit_text(columns, self.room, weight='bold'), 1 - (top - 0.02)/h)
 
     def _columns(self, names, size, y):
         for ax,name in zip(self.axs[0], names):
             box = ax.get_position()
             self.fig.text((box.x0 + box.x1)/2, y, name, ha='center', va='bottom', fontsize=size, weight='bold')
 
-    def titles(self, axs, texts, **kwargs):
+    def titles(self, axs, texts):
         "Write `texts` over `axs`, all in one size"
         if self.plain: return
         texts,size = fit_text(texts, self.room)
-        for ax,t in zip(axs, texts): ax.set_title(t, fontsize=size, pad=2.5, linespacing=1.1, **kwargs)
+        for ax,t in zip(axs, texts): ax.set_title(t, fontsize=size, y=1, pad=3, linespacing=1.1)
 
     def bar(self, cmap:str, low:float, high:float, label:str):
         "A colour bar in the next place at the right"
@@ -123,14 +130,14 @@ class Panels:
         bar.set_label(label, fontsize=7.5, labelpad=1)
         self.bars += 1
 
-# %% ../nbs/07_interpret.ipynb #c742b020
-def _show_cam(ax, image, cam, blank, cmap='viridis', alpha=0.5):
+# %% ../nbs/07_interpret.ipynb #00be42a6
+def _show_cam(ax, image, cam, blank, cmap='inferno', alpha=0.5):
     "The overlay, or, where the map says nothing, the image alone with a mark"
     ax.imshow(image if blank else overlay(image, cam, alpha, cmap))
     if blank: ax.text(0.5, 0.04, 'no map', transform=ax.transAxes, ha='center', va='bottom', fontsize=7, color='white',
                       bbox=dict(boxstyle='round,pad=0.2', fc='black', ec='none', alpha=0.7))
 
-# %% ../nbs/07_interpret.ipynb #530b9393
+# %% ../nbs/07_interpret.ipynb #13d29145
 class CamInterpretation(ClassificationInterpretation):
     "fastai's `ClassificationInterpretation` after a single run over the images, with galleries of class activation maps"
     def __init__(self,
@@ -153,8 +160,8 @@ class CamInterpretation(ClassificationInterpretation):
     ):
         "Run over all images once, without augmentation. The loss is the learner's loss function, image by image"
         dl = (learn.dls[ds_idx] if dl is None else dl).new(shuffle=False, drop_last=False)
+        if len(getattr(dl.dataset, 'tls', 'xy')) <= dl.n_inp: raise InputError('the loader has no labels: make it by test_dl(..., with_labels=True)')
         with _as_valid(dl): probs,targs,losses = learn.get_preds(dl=dl, with_loss=True, act=act)
-        if targs is None or len(targs) != len(probs): raise InputError('the loader has no labels: make it by test_dl(..., with_labels=True)')
         probs,targs,losses = (t.detach().cpu().as_subclass(torch.Tensor) for t in (probs, targs, losses))
         return cls(learn, dl, losses, act, probs.float(), targs.long())
 
@@ -181,7 +188,7 @@ def print_classification_report(self:CamInterpretation):
 @patch(as_prop=True)
 def _names(self:CamInterpretation): return [str(c) for c in self.vocab]
 
-# %% ../nbs/07_interpret.ipynb #2deef552
+# %% ../nbs/07_interpret.ipynb #ff102aa0
 @patch
 def plot_confusion_matrix(self:CamInterpretation,
     normalize:bool=False, # write shares of the row instead of counts
@@ -194,8 +201,7 @@ def plot_confusion_matrix(self:CamInterpretation,
     "Actual classes down, predicted classes across. A class without images is an empty row"
     cm,n = self.confusion_matrix(),len(self.vocab)
     share = cm/cm.sum(1, keepdims=True).clip(1)
-    w,h = figsize or (0.5*n + 1.6, 0.45*n + 1.5)
-    fig = _new_figure((w, h), dpi, layout='constrained')
+    fig = _new_figure(figsize or (0.46*n + 1.2, 0.46*n + 1.4), dpi, layout='constrained')
     ax = fig.add_subplot()
     im = ax.imshow(share, cmap=cmap, norm=PowerNorm(0.5, 0, 1))
     ax.set(title=title, xlabel='predicted', ylabel='actual', xticks=range(n), yticks=range(n))
@@ -233,10 +239,10 @@ def plot_per_class_accuracy(self:CamInterpretation,
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/07_interpret.ipynb #19995359
+# %% ../nbs/07_interpret.ipynb #cf6c4323
 @patch
 def indices(self:CamInterpretation,
-    which:str|list='misclassified', # 'misclassified' and 'top_losses': highest loss first; 'correct': lowest first; or indices
+    which:str|list='misclassified', # 'misclassified' and 'top_losses': highest loss first; 'correct': lowest loss first, the classes in turn; or indices
     k:int=None, # at most so many; None: all
 ) -> list: # places in the data set
     "The images of a gallery, equal losses in the data set's order. Raises InputError for another word, and for an index out of range"
@@ -251,8 +257,18 @@ def indices(self:CamInterpretation,
     if which=='misclassified': return down[wrong[down]][:k].tolist()
     if which=='top_losses': return down[:k].tolist()
     up = self.losses.argsort(stable=True)
-    if which=='correct': return up[~wrong[up]][:k].tolist()
+    if which=='correct': return self._in_turn(up[~wrong[up]])[:k]
     raise InputError(f"which={which!r}: choose 'misclassified', 'correct', 'top_losses' or a list of indices")
+
+@patch
+def _in_turn(self:CamInterpretation, idxs):
+    "One image of each class, then the second of each, ...: a gallery of ten shows ten classes"
+    seen,turn = {},[]
+    for i in idxs.tolist():
+        c = self.targs[i].item()
+        seen[c] = seen.get(c, -1) + 1
+        turn.append(seen[c])
+    return idxs[torch.tensor(turn, dtype=torch.long).argsort(stable=True)].tolist()
 
 @patch
 def top_losses(self:CamInterpretation,
@@ -352,7 +368,7 @@ def cams(self:CamInterpretation,
     return tuple(np.concatenate([getattr(f, o).float().cpu().numpy() for f in found]).astype(t)
                  for o,t in (('maps', 'float32'), ('blank', bool)))
 
-# %% ../nbs/07_interpret.ipynb #dcc732fd
+# %% ../nbs/07_interpret.ipynb #1be834d5
 @patch
 def plot_top_losses(self:CamInterpretation,
     k:int|list=10, # images, or places in the ranking of losses
@@ -374,10 +390,10 @@ def plot_top_losses(self:CamInterpretation,
         else: ax.imshow(image)
     p.titles(p.axs.flat, [f'{self._names[self.preds[i]]} / {self._names[self.targs[i]]}\n'
                           f'{self.losses[i]:.2f} / {self.probs[i].max():.2f}' for i in idxs])
-    if heatmap: p.bar('viridis', 0, 1, 'CAM of the prediction')
+    if heatmap: p.bar('inferno', 0, 1, 'CAM of the prediction')
     return p.fig
 
-# %% ../nbs/07_interpret.ipynb #7ea2facc
+# %% ../nbs/07_interpret.ipynb #1fa3fc41
 def _show_difference(ax, image, diff, blank, limit):
     grey = np.asarray(Image.fromarray(image).convert('L').convert('RGB'))
     _show_cam(ax, image if blank else grey, (diff/limit + 1)/2, blank, 'RdBu_r', 0.75)
@@ -402,7 +418,7 @@ def plot_cams(self:CamInterpretation,
         _show_cam(axs[2], image, b[n], blank_b[n])
         _show_difference(axs[3], image, a[n] - b[n], blank_a[n] or blank_b[n], limit)
     p.titles(p.axs.flat, [t for i in idxs for t in self._cam_titles(i)])
-    p.bar('viridis', 0, 1, 'CAM')
+    p.bar('inferno', 0, 1, 'CAM')
     p.bar('RdBu_r', -limit.round(2), limit.round(2), 'predicted − rival')
     return p.fig
 
@@ -410,10 +426,10 @@ def plot_cams(self:CamInterpretation,
 def _cam_titles(self:CamInterpretation, i):
     p,r = self.preds[i].item(),self.asked([i], 'rival').item()
     role = 'runner-up' if self.preds[i]==self.targs[i] else 'actual'
-    named = [f'{what}: {self._names[c]}\n{self.probs[i,c]:.2f}' for what,c in (('predicted', p), (role, r))]
+    named = [f'{what}: {self._names[c]}\np = {self.probs[i,c]:.2f}' for what,c in (('predicted', p), (role, r))]
     return [f'image {i}\nloss {self.losses[i]:.2f}', *named, f'{self._names[p]} −\n{self._names[r]}']
 
-# %% ../nbs/07_interpret.ipynb #0b105dd4
+# %% ../nbs/07_interpret.ipynb #e111d9d8
 @patch
 def by_class(self:CamInterpretation,
     which:str|list='misclassified', # which images, in which order: see `indices`
@@ -438,21 +454,22 @@ def _class_grid(self:CamInterpretation, which, groups, cams, head, plain, figsiz
         if cams: _show_cam(place[i], image, maps[n], blank[n])
         else: place[i].imshow(image)
     for ax in (ax for row,axs in zip(grid, p.axs) for i,ax in zip(row, axs) if i is None): ax.imshow(_empty)
-    p.titles([place[i] for i in idxs], [self._names[self.preds[i]] for i in idxs])
-    if cams: p.bar('viridis', 0, 1, 'CAM')
+    wrong = [i for i in idxs if self.preds[i] != self.targs[i]]
+    p.titles([place[i] for i in wrong], [self._names[self.preds[i]] for i in wrong])
+    if cams: p.bar('inferno', 0, 1, 'CAM')
     return p.fig
 
 _empty = np.full((1, 1, 3), 247, np.uint8) # a cell without an image: a quiet grey
 
-# %% ../nbs/07_interpret.ipynb #6d8afae5
+# %% ../nbs/07_interpret.ipynb #9f5134e6
 @patch
 def plot_class_images(self:CamInterpretation,
     which:str|list='misclassified', # which images, in which order: see `indices`
     groups:int=3, # rows of one image per class
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
 ) -> Figure:
-    "A column for each actual class; over each image the predicted class"
-    return self._class_grid(which, groups, None, 'a column for each actual class; predicted class over the image', False, figsize, dpi)
+    "A column for each actual class; over a misclassified image the predicted class"
+    return self._class_grid(which, groups, None, 'a column for each actual class; over the image what it was taken for', False, figsize, dpi)
 
 @patch
 def plot_class_cams(self:CamInterpretation,
@@ -466,7 +483,7 @@ def plot_class_cams(self:CamInterpretation,
     cams = lambda idxs: self.cams(idxs, 'predicted', method, layer, min_px)
     return self._class_grid(which, groups, cams, 'a column for each actual class; CAM of the predicted class', plain, figsize, dpi)
 
-# %% ../nbs/07_interpret.ipynb #c2162fbe
+# %% ../nbs/07_interpret.ipynb #343c3be1
 @patch
 def plot_methods(self:CamInterpretation,
     i:int|list, # place in the data set; a row each if there are several
@@ -480,14 +497,14 @@ def plot_methods(self:CamInterpretation,
     idxs = self.indices([i] if isinstance(i, int) else i)
     if not idxs: return _message(self._none(idxs), figsize, dpi)
     classes = self.asked(idxs, target)
-    p = Panels(len(idxs), 1 + len(methods), 2, 'predicted / actual, and the maps of ' + ', '.join(dict.fromkeys(self._names[c] for c in classes)),
+    p = Panels(len(idxs), 1 + len(methods), 2, f'predicted / actual; maps of the {target} class',
                1, 1.1, plain, figsize, dpi)
     images = self.images(idxs)
     for ax,image in zip(p.axs[:, 0], images): ax.imshow(image)
     for axs,m in zip(p.axs.T[1:], methods):
         for ax,*drawn in zip(axs, images, *self.cams(idxs, classes, m, layer, min_px)): _show_cam(ax, *drawn)
     p.titles(p.axs.flat, [t for i in idxs for t in (f'{self._names[self.preds[i]]} /\n{self._names[self.targs[i]]}', *methods)])
-    p.bar('viridis', 0, 1, 'CAM')
+    p.bar('inferno', 0, 1, 'CAM')
     return p.fig
 
 # %% ../nbs/07_interpret.ipynb #3c34217c
@@ -513,7 +530,7 @@ def _pair(self:CamInterpretation, c):
         if o not in self._names: raise InputError(f"unknown class {o!r}: choose from {', '.join(self._names)}")
     return tuple(self._names.index(o) for o in names)
 
-# %% ../nbs/07_interpret.ipynb #3ca5f1d6
+# %% ../nbs/07_interpret.ipynb #889de449
 @patch
 def plot_mean_cams(self:CamInterpretation,
     classes:list=None, # names, and pairs (actual, predicted) as `most_confused` gives them; None: all classes
@@ -527,13 +544,13 @@ def plot_mean_cams(self:CamInterpretation,
     if not classes: return _message(self._none(classes), figsize, dpi)
     means = self.mean_cams(classes, n, method, layer, min_px)
     high = max([m.max() for _,m,_ in means if m is not None], default=1)
-    p = Panels(2, len(classes), 2, 'mean image and mean CAM of the prediction', 1, 0.95, plain, figsize, dpi)
+    p = Panels(2, len(classes), 1 + any(not isinstance(c, str) for c in classes), 'mean image and mean CAM of the prediction', 1, 0.95, plain, figsize, dpi)
     for (top,low),(image,cam,_) in zip(p.axs.T, means):
         top.imshow(_empty if image is None else image)
-        low.imshow(_empty if cam is None else cam, vmin=0, vmax=high, cmap='viridis', interpolation='bicubic')
+        low.imshow(_empty if cam is None else cam, vmin=0, vmax=high, cmap='inferno', interpolation='bicubic')
     p.titles(p.axs[0], [c if isinstance(c, str) else f'{c[0]} taken\nfor {c[1]}' for c in classes])
     p.titles(p.axs[1], ['no images' if not m else f'{m} image{"s"*(m > 1)}' for *_,m in means])
-    p.bar('viridis', 0, round(float(high), 2), 'mean CAM')
+    p.bar('inferno', 0, round(float(high), 2), 'mean CAM')
     return p.fig
 
 # %% ../nbs/07_interpret.ipynb #8dfcf482

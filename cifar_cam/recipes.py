@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'AUGMENTS', 'NORMS', 'RECIPES', 'Recipe', 'check_recipe'
            'evaluate', 'environment', 'new_run_folder', 'tensorboard_logs', 'run_recipe', 'train_run', 'Run',
            'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds']
 
-# %% ../nbs/09_recipes.ipynb #2f9c52ad
+# %% ../nbs/09_recipes.ipynb #eaa6815f
 import json, platform, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -30,8 +30,9 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest, t as student_t
 from torch.nn import functional as F
 
+from . import __version__
 from .augment import albumentations_augment, cifar_augment
-from .data import InputError, cifar_dls, data_checksum, data_path
+from .data import CIFAR10, InputError, cifar_dls, data_checksum, data_path
 from .interpret import CamInterpretation
 from .models import MODELS, build_model, count_parameters
 from .schedule import Plateau, find_lrs, plot_triangle
@@ -305,7 +306,7 @@ def evaluate(
                 calibration_error=calibration_error(logits.softmax(1), targets), images=len(targets),
                 class_accuracy={c: hit[targets==i].float().mean().item() for i,c in enumerate(learn.dls.vocab)})
 
-# %% ../nbs/09_recipes.ipynb #237d8cfb
+# %% ../nbs/09_recipes.ipynb #261cb98d
 def environment(
     data:str|Path, # as given
     device, # the one that trains
@@ -314,9 +315,10 @@ def environment(
     "Versions, device, data checksum and seed of a run"
     cpu = next((l.split(':')[1].strip() for l in _cpuinfo() if l.startswith('model name')), platform.processor())
     gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else None
-    packages = 'cifar_cam', 'fastai', 'torch', 'torchvision', 'numpy', 'grad-cam', 'albumentations'
+    packages = 'fastai', 'torch', 'torchvision', 'numpy', 'grad-cam', 'albumentations'
     return dict(data=str(data), data_checksum=data_checksum(data_path(data)), seed=seed, device=gpu or cpu, threads=torch.get_num_threads(),
-                python=platform.python_version(), system=platform.system(), **{p: version(p) for p in packages})
+                python=platform.python_version(), system=platform.system(), cifar_cam=__version__,
+                **{p: version(p) for p in packages})
 
 def _cpuinfo():
     path = Path('/proc/cpuinfo')
@@ -389,7 +391,7 @@ def train_run(
     if figures: draw_run(run)
     return run
 
-# %% ../nbs/09_recipes.ipynb #ea074294
+# %% ../nbs/09_recipes.ipynb #757a9ed1
 class Run:
     "A run folder: `recipe`, `env`, `history`, `metrics`, `learn`"
     def __init__(self, path:str|Path):
@@ -410,8 +412,10 @@ class Run:
     def history(self) -> pd.DataFrame: return pd.read_csv(self.path/'history.csv')
     @property
     def chosen_on(self) -> str:
-        if not chooses(self.recipe): return 'nothing is chosen'
-        return ', '.join(chooses(self.recipe)) + (' on the TEST set, as published' if self.env['published_protocol'] else ' on held-out images')
+        "What was picked while training, and by which images"
+        what = ', '.join(chooses(self.recipe))
+        if not what: return 'nothing chosen while training'
+        return f'{what} chosen on ' + ('the TEST set, as published' if self.env['published_protocol'] else 'held-out images')
 
     @cached_property
     def dls(self) -> DataLoaders:
@@ -477,14 +481,15 @@ def plot_curves(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/09_recipes.ipynb #1c6e10a6
+# %% ../nbs/09_recipes.ipynb #a5863f83
 def draw_run(
     run:Run, # a finished run
 ):
     "Draw the figures of `run` into its folder: curves, confusion matrix, class accuracy, galleries, CAMs"
     r,interp = run.recipe,run.interp
-    title = f"{r.name}: {100*run.metrics['accuracy']:.2f} % on test after {len(run.history)} epochs; chosen: {run.chosen_on}"
-    run._save(plot_curves(run.history, load_published(r.name), title), 'curves')
+    title = f"{r.name}: {100*run.metrics['accuracy']:.2f} % on test, epoch {len(run.history)}; {run.chosen_on}"
+    published = load_published(r.name) if list(interp.vocab)==CIFAR10 else None
+    run._save(plot_curves(run.history, published, title), 'curves')
     if r.schedule=='triangle': run._save(plot_triangle(r.epochs, *run.lrs, peak=r.pct_start*r.epochs).figure, 'schedule')
     run._save(interp.plot_confusion_matrix(), 'confusion_matrix')
     run._save(interp.plot_per_class_accuracy(), 'class_accuracy')

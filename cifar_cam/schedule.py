@@ -61,10 +61,10 @@ def fit_triangle(self:Learner,
     sched = ParamScheduler({'lr': triangle(lr_min, lr_max, peak/n_epoch)})
     self.fit(n_epoch, cbs=L(sched) + L(cbs), **kwargs)
 
-# %% ../nbs/04_schedule.ipynb #680c6893
+# %% ../nbs/04_schedule.ipynb #b551561a
 def _at_fall(share, lrs, losses):
     low,start = losses.argmin(),losses[:10].mean()
-    if not losses[low] < .95*start: raise InputError('the loss hardly falls at any learning rate: nothing to pick; try more steps')
+    if not losses[low] < .98*start: raise InputError('the loss hardly falls at any learning rate: nothing to pick; try more steps')
     above = (losses[:low] > start - share*(start - losses[low])).nonzero()
     i = above[-1].item() + 1  # the last crossing: an early dip of a noisy loss is not the fall
     return lrs[i].item(), (lrs[i].item(), losses[i])
@@ -77,15 +77,16 @@ def lr_max(lrs, losses, num_it):
     "For `lr_find`: the learning rate at which the smoothed loss has fallen by nine tenths of its whole fall (after Smith 2015)"
     return _at_fall(.9, lrs, losses)
 
-# %% ../nbs/04_schedule.ipynb #64904830
+# %% ../nbs/04_schedule.ipynb #3907e2ac
 def find_lrs(
     learn:Learner, # what will be trained; it is as before afterwards
-    num_it:int=100, # steps of the range test
+    num_it:int=120, # steps of the range test
+    start_lr:float=1e-4, # the learning rate at which it begins
     end_lr:float=10, # the learning rate at which it ends, unless the loss diverges before
     show_plot:bool=True, # draw loss against learning rate, both picks marked
 ) -> tuple:
     "`(lr_min, lr_max)` for `fit_triangle`, by Smith's range test on the training images alone"
-    return tuple(learn.lr_find(end_lr=end_lr, num_it=num_it, suggest_funcs=(lr_min, lr_max), show_plot=show_plot))
+    return tuple(learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=(lr_min, lr_max), show_plot=show_plot))
 
 # %% ../nbs/04_schedule.ipynb #3c73523d
 class Plateau(ReduceLROnPlateau):
