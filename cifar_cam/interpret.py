@@ -130,10 +130,12 @@ class Panels:
         bar.set_label(label, fontsize=7.5, labelpad=1)
         self.bars += 1
 
-# %% ../nbs/07_interpret.ipynb #00be42a6
+# %% ../nbs/07_interpret.ipynb #673999d4
+def _show(ax, image): ax.imshow(image, interpolation='nearest' if max(image.shape) < 256 else 'auto') # small ones stay crisp
+
 def _show_cam(ax, image, cam, blank, cmap='inferno', alpha=0.5):
     "The overlay, or, where the map says nothing, the image alone with a mark"
-    ax.imshow(image if blank else overlay(image, cam, alpha, cmap))
+    _show(ax, image if blank else overlay(image, cam, alpha, cmap))
     if blank: ax.text(0.5, 0.04, 'no map', transform=ax.transAxes, ha='center', va='bottom', fontsize=7, color='white',
                       bbox=dict(boxstyle='round,pad=0.2', fc='black', ec='none', alpha=0.7))
 
@@ -312,7 +314,7 @@ def images(self:CamInterpretation,
     "The images as the network sees them, in colours one can look at"
     return np.concatenate([_pixels(self.dl, xb) for xb in _batches(self.dl, idxs)])
 
-# %% ../nbs/07_interpret.ipynb #25dc7271
+# %% ../nbs/07_interpret.ipynb #0ecfead4
 @patch
 def _none(self:CamInterpretation, which):
     n = f'{len(self.targs):,}'
@@ -329,7 +331,7 @@ def plot_images(self:CamInterpretation,
     idxs = self.indices(which, k)
     if not idxs: return _message(self._none(which), figsize, dpi)
     p = Panels(-(-len(idxs)//10), min(10, len(idxs)), 2, _head(which, 'predicted / actual'), figsize=figsize, dpi=dpi)
-    for ax,image in zip(p.axs.flat, self.images(idxs)): ax.imshow(image)
+    for ax,image in zip(p.axs.flat, self.images(idxs)): _show(ax, image)
     p.titles(p.axs.flat, [f'{self._names[self.preds[i]]} /\n{self._names[self.targs[i]]}' for i in idxs])
     return p.fig
 
@@ -368,7 +370,7 @@ def cams(self:CamInterpretation,
     return tuple(np.concatenate([getattr(f, o).float().cpu().numpy() for f in found]).astype(t)
                  for o,t in (('maps', 'float32'), ('blank', bool)))
 
-# %% ../nbs/07_interpret.ipynb #1be834d5
+# %% ../nbs/07_interpret.ipynb #8d80d73a
 @patch
 def plot_top_losses(self:CamInterpretation,
     k:int|list=10, # images, or places in the ranking of losses
@@ -387,13 +389,13 @@ def plot_top_losses(self:CamInterpretation,
     maps,blank = self.cams(idxs, 'predicted', method, layer, min_px) if heatmap else (idxs, None)
     for n,(ax,image) in enumerate(zip(p.axs.flat, self.images(idxs))):
         if heatmap: _show_cam(ax, image, maps[n], blank[n])
-        else: ax.imshow(image)
+        else: _show(ax, image)
     p.titles(p.axs.flat, [f'{self._names[self.preds[i]]} / {self._names[self.targs[i]]}\n'
                           f'{self.losses[i]:.2f} / {self.probs[i].max():.2f}' for i in idxs])
     if heatmap: p.bar('inferno', 0, 1, 'CAM of the prediction')
     return p.fig
 
-# %% ../nbs/07_interpret.ipynb #1fa3fc41
+# %% ../nbs/07_interpret.ipynb #22be2361
 def _show_difference(ax, image, diff, blank, limit):
     grey = np.asarray(Image.fromarray(image).convert('L').convert('RGB'))
     _show_cam(ax, image if blank else grey, (diff/limit + 1)/2, blank, 'RdBu_r', 0.75)
@@ -413,7 +415,7 @@ def plot_cams(self:CamInterpretation,
     limit = max(np.abs(a - b).max(), 1e-6)
     p = Panels(len(idxs), 4, 2, _head(which, 'predicted class, its rival, difference'), 2, 1.25, plain, figsize, dpi)
     for n,(axs,image) in enumerate(zip(p.axs, self.images(idxs))):
-        axs[0].imshow(image)
+        _show(axs[0], image)
         _show_cam(axs[1], image, a[n], blank_a[n])
         _show_cam(axs[2], image, b[n], blank_b[n])
         _show_difference(axs[3], image, a[n] - b[n], blank_a[n] or blank_b[n], limit)
@@ -429,7 +431,7 @@ def _cam_titles(self:CamInterpretation, i):
     named = [f'{what}: {self._names[c]}\np = {self.probs[i,c]:.2f}' for what,c in (('predicted', p), (role, r))]
     return [f'image {i}\nloss {self.losses[i]:.2f}', *named, f'{self._names[p]} −\n{self._names[r]}']
 
-# %% ../nbs/07_interpret.ipynb #e111d9d8
+# %% ../nbs/07_interpret.ipynb #60949038
 @patch
 def by_class(self:CamInterpretation,
     which:str|list='misclassified', # which images, in which order: see `indices`
@@ -447,14 +449,14 @@ def _class_grid(self:CamInterpretation, which, groups, cams, head, plain, figsiz
     grid = self.by_class(which, groups)
     idxs = [i for row in grid for i in row if i is not None]
     if not idxs: return _message(self._none(which), figsize, dpi)
-    p = Panels(groups, len(self.vocab), 1, _head(which, head), bool(cams), 0.95, plain, figsize, dpi, self._names)
+    wrong = [i for i in idxs if self.preds[i] != self.targs[i]]
+    p = Panels(groups, len(self.vocab), bool(wrong), _head(which, head), bool(cams), 0.95, plain, figsize, dpi, self._names)
     place = {i: ax for row,axs in zip(grid, p.axs) for i,ax in zip(row, axs)}
     maps,blank = cams(idxs) if cams else (idxs, None)
     for n,(i,image) in enumerate(zip(idxs, self.images(idxs))):
         if cams: _show_cam(place[i], image, maps[n], blank[n])
-        else: place[i].imshow(image)
-    for ax in (ax for row,axs in zip(grid, p.axs) for i,ax in zip(row, axs) if i is None): ax.imshow(_empty)
-    wrong = [i for i in idxs if self.preds[i] != self.targs[i]]
+        else: _show(place[i], image)
+    for ax in (ax for row,axs in zip(grid, p.axs) for i,ax in zip(row, axs) if i is None): _show(ax, _empty)
     p.titles([place[i] for i in wrong], [self._names[self.preds[i]] for i in wrong])
     if cams: p.bar('inferno', 0, 1, 'CAM')
     return p.fig
@@ -483,7 +485,7 @@ def plot_class_cams(self:CamInterpretation,
     cams = lambda idxs: self.cams(idxs, 'predicted', method, layer, min_px)
     return self._class_grid(which, groups, cams, 'a column for each actual class; CAM of the predicted class', plain, figsize, dpi)
 
-# %% ../nbs/07_interpret.ipynb #343c3be1
+# %% ../nbs/07_interpret.ipynb #6ebf782c
 @patch
 def plot_methods(self:CamInterpretation,
     i:int|list, # place in the data set; a row each if there are several
@@ -500,7 +502,7 @@ def plot_methods(self:CamInterpretation,
     p = Panels(len(idxs), 1 + len(methods), 2, f'predicted / actual; maps of the {target} class',
                1, 1.1, plain, figsize, dpi)
     images = self.images(idxs)
-    for ax,image in zip(p.axs[:, 0], images): ax.imshow(image)
+    for ax,image in zip(p.axs[:, 0], images): _show(ax, image)
     for axs,m in zip(p.axs.T[1:], methods):
         for ax,*drawn in zip(axs, images, *self.cams(idxs, classes, m, layer, min_px)): _show_cam(ax, *drawn)
     p.titles(p.axs.flat, [t for i in idxs for t in (f'{self._names[self.preds[i]]} /\n{self._names[self.targs[i]]}', *methods)])
@@ -530,7 +532,7 @@ def _pair(self:CamInterpretation, c):
         if o not in self._names: raise InputError(f"unknown class {o!r}: choose from {', '.join(self._names)}")
     return tuple(self._names.index(o) for o in names)
 
-# %% ../nbs/07_interpret.ipynb #889de449
+# %% ../nbs/07_interpret.ipynb #a26d85ea
 @patch
 def plot_mean_cams(self:CamInterpretation,
     classes:list=None, # names, and pairs (actual, predicted) as `most_confused` gives them; None: all classes
@@ -546,14 +548,14 @@ def plot_mean_cams(self:CamInterpretation,
     high = max([m.max() for _,m,_ in means if m is not None], default=1)
     p = Panels(2, len(classes), 1 + any(not isinstance(c, str) for c in classes), 'mean image and mean CAM of the prediction', 1, 0.95, plain, figsize, dpi)
     for (top,low),(image,cam,_) in zip(p.axs.T, means):
-        top.imshow(_empty if image is None else image)
+        _show(top, _empty if image is None else image)
         low.imshow(_empty if cam is None else cam, vmin=0, vmax=high, cmap='inferno', interpolation='bicubic')
     p.titles(p.axs[0], [c if isinstance(c, str) else f'{c[0]} taken\nfor {c[1]}' for c in classes])
     p.titles(p.axs[1], ['no images' if not m else f'{m} image{"s"*(m > 1)}' for *_,m in means])
     p.bar('inferno', 0, round(float(high), 2), 'mean CAM')
     return p.fig
 
-# %% ../nbs/07_interpret.ipynb #8dfcf482
+# %% ../nbs/07_interpret.ipynb #19696c73
 @patch
 def save_maps(self:CamInterpretation,
     path:str|Path, # the .npz file that is written
@@ -562,7 +564,8 @@ def save_maps(self:CamInterpretation,
     method:str='gradcam', layer:str='auto', min_px:int=5, # see `cams`
 ) -> Path: # of the file
     "The maps of `plot_cams` with the same arguments: predicted class and rival, with files and classes. Open it by `np.load`"
-    idxs,path = self.indices(which, k),Path(path).with_suffix('.npz')
+    idxs,path = self.indices(which, k),Path(path)
+    if path.suffix != '.npz': path = path.with_name(f'{path.name}.npz')
     if not idxs: raise InputError(self._none(which))
     (maps,blank),(rival_maps,rival_blank) = (self.cams(idxs, t, method, layer, min_px) for t in ('predicted', 'rival'))
     files = [Path(f).relative_to(self.learn.dls.path).as_posix() if self._inside(f) else str(f) for f in self._files(idxs)]
@@ -634,11 +637,13 @@ def explain_image(
     probs = dict(sorted(zip(names, res.preds.softmax(1)[0].tolist()), key=lambda o: -o[1]))
     return _draw_photo(im, res.maps[0].cpu(), bool(res.blank[0]), probs, target or next(iter(probs)), plain, figsize, dpi),probs
 
-# %% ../nbs/07_interpret.ipynb #da61171e
+# %% ../nbs/07_interpret.ipynb #ed91d678
 def _draw_photo(im, cam, blank, probs, target, plain, figsize, dpi):
     "The photo, its overlay and bars of the three likeliest classes"
+    im = ImageOps.contain(im, (2000, 2000)) if max(im.size) > 2000 else im # more than a figure shows
     w = 3*min(2, max(0.5, im.width/im.height))
-    fig = _new_figure(figsize or ((w, w*im.height/im.width) if plain else (2*w + 2.6, 3.4)), dpi, layout=None if plain else 'constrained')
+    figsize = figsize or (np.multiply(im.size, 4/max(im.size)) if plain else (2*w + 2.6, 3.4))
+    fig = _new_figure(figsize, dpi, layout=None if plain else 'constrained')
     axs = [fig.add_axes([0, 0, 1, 1])] if plain else fig.subplots(1, 3, width_ratios=[w, w, 2.2])
     for ax in axs[:2]: ax.set_axis_off()
     if not plain: axs[0].imshow(im)
@@ -647,7 +652,7 @@ def _draw_photo(im, cam, blank, probs, target, plain, figsize, dpi):
     axs[1].set_title(f'CAM of {_cut(target, 20)}', fontsize=9)
     top = list(probs.items())[:3]
     axs[2].barh(range(len(top)), [p for _,p in top], height=0.3, color='#4477aa')
-    for i,(c,p) in enumerate(top): axs[2].text(0, i - 0.22, f'{_cut(c, 14)}  {100*p:.1f} %', fontsize=9)
+    for i,(c,p) in enumerate(top): axs[2].text(0.02, i - 0.22, f'{_cut(c, 14)}  {100*p:.1f} %', fontsize=9)
     axs[2].set(xlim=(0, 1), ylim=(len(top) - 0.4, -0.6), yticks=[], xticks=[0, 0.5, 1], box_aspect=0.9, title='')
     axs[2].set_xlabel('probability', fontsize=9)
     axs[2].spines[['top', 'right']].set_visible(False)

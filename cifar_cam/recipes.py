@@ -231,7 +231,7 @@ def predict(
         logits.append(out.float().cpu()); targets.append(y.cpu())
     return torch.cat(logits).as_subclass(torch.Tensor), torch.cat(targets).as_subclass(torch.Tensor)
 
-# %% ../nbs/09_recipes.ipynb #e4c24a85
+# %% ../nbs/09_recipes.ipynb #56109b74
 class History(Callback):
     "Write a row of `path` after each epoch: learning rate, losses, accuracies, seconds"
     order = 68  # after the recorder and what watches it, before the checkpoint: a checkpoint's epoch has its row
@@ -240,8 +240,7 @@ class History(Callback):
         self.rows = pd.read_csv(self.path).to_dict('records') if self.path.exists() else []
     def before_epoch(self): self.start,self.rows = time.perf_counter(),self.rows[:self.epoch]
     def after_epoch(self):
-        row = dict(epoch=self.epoch + 1, lr=float(self.opt.hypers[-1]['lr']),
-                   **{k: float(v) for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.values[-1])})
+        row = dict(epoch=self.epoch + 1, **{k: float(v) for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.values[-1])})
         if len(self.dls.loaders) > 2:
             logits,targets = predict(self.learn, self.dls[2])
             row['test_accuracy'] = (logits.argmax(1)==targets).float().mean().item()
@@ -391,7 +390,7 @@ def train_run(
     if figures: draw_run(run)
     return run
 
-# %% ../nbs/09_recipes.ipynb #757a9ed1
+# %% ../nbs/09_recipes.ipynb #cd508942
 class Run:
     "A run folder: `recipe`, `env`, `history`, `metrics`, `learn`"
     def __init__(self, path:str|Path):
@@ -416,6 +415,11 @@ class Run:
         what = ', '.join(chooses(self.recipe))
         if not what: return 'nothing chosen while training'
         return f'{what} chosen on ' + ('the TEST set, as published' if self.env['published_protocol'] else 'held-out images')
+
+    @property
+    def published(self) -> pd.DataFrame:
+        "Curves of the published experiment, if this run is on its data"
+        return load_published(self.recipe.name) if list(self.metrics.get('class_accuracy', ()))==CIFAR10 else None
 
     @cached_property
     def dls(self) -> DataLoaders:
@@ -443,6 +447,13 @@ class Run:
             if plt.get_fignums(): self._save(plt.gcf(), 'lr_find')
             _write_json(found, path)
         return tuple(json.loads(path.read_text()))
+
+    def show(self,
+        name:str, # such as 'lr_find' or 'cams'
+    ):
+        "A figure of the run's folder, for a notebook"
+        from IPython.display import Image
+        return Image(self.path/'figures'/f'{name}.png')
 
     def _save(self, fig, name):
         (self.path/'figures').mkdir(exist_ok=True)
@@ -481,15 +492,14 @@ def plot_curves(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/09_recipes.ipynb #a5863f83
+# %% ../nbs/09_recipes.ipynb #1d6460c8
 def draw_run(
     run:Run, # a finished run
 ):
     "Draw the figures of `run` into its folder: curves, confusion matrix, class accuracy, galleries, CAMs"
     r,interp = run.recipe,run.interp
     title = f"{r.name}: {100*run.metrics['accuracy']:.2f} % on test, epoch {len(run.history)}; {run.chosen_on}"
-    published = load_published(r.name) if list(interp.vocab)==CIFAR10 else None
-    run._save(plot_curves(run.history, published, title), 'curves')
+    run._save(plot_curves(run.history, run.published, title), 'curves')
     if r.schedule=='triangle': run._save(plot_triangle(r.epochs, *run.lrs, peak=r.pct_start*r.epochs).figure, 'schedule')
     run._save(interp.plot_confusion_matrix(), 'confusion_matrix')
     run._save(interp.plot_per_class_accuracy(), 'class_accuracy')

@@ -261,10 +261,12 @@ def test_a_map_of_one_pixel_is_zero_in_the_library_and_refused_here(model, xb):
     assert res.blank.all() and (res.maps == 0).all()
 
 
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
 @pytest.mark.parametrize('key', [k for k in METHODS if k != 'randomcam'])
-def test_nan_stays_in_its_image_and_is_flagged(key, model, xb):
+def test_nan_stays_in_its_image_and_is_flagged(key, value, model, xb):
     bad = xb.clone()
-    bad[1] = torch.nan
+    bad[1, 0, 5, 5] = value # infinity also ends an SVD with an exception
+    bad[1, 1] = value
     res = cam_maps(model, bad, key, targets=0)
     assert res.maps.isfinite().all() and res.blank[1] and (res.maps[1] == 0).all()
     keep = [0, 2, 3, 4]
@@ -458,10 +460,14 @@ def compiled_and_run(m):
     c = torch.compile(m, backend='eager')
     with torch.no_grad(): c(torch.zeros(5, 3, 32, 32))
     return c
+def compiled_in_place_and_run(m):
+    m.compile(backend='eager')
+    with torch.no_grad(): m(torch.zeros(5, 3, 32, 32)), m(torch.zeros(1, 3, 32, 32))
+    return m
 def parallel(m): return nn.DataParallel(m)
 def parallel_compiled(m): return nn.DataParallel(torch.compile(m, backend='eager'))
 
-@pytest.mark.parametrize('wrap', [compiled, compiled_in_place, compiled_part, compiled_and_run, parallel, parallel_compiled])
+@pytest.mark.parametrize('wrap', [compiled, compiled_in_place, compiled_part, compiled_and_run, compiled_in_place_and_run, parallel, parallel_compiled])
 @pytest.mark.parametrize('key', ['gradcam', 'fullgrad', 'ablationcam'])
 def test_wrapped_models(wrap, key, xb):
     want,m = cam_maps(tiny(), xb, key).maps, wrap(tiny())

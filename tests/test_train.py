@@ -155,8 +155,19 @@ def test_every_optimizer_learns_and_takes_a_schedule(colours, tmp_path, opt):
     dls = cifar_dls(colours, bs=32)
     learn = cifar_learner(dls, tiny_net(), opt=opt, path=tmp_path, bf16=False)
     _,values = quietly(learn, lambda l: l.fit_one_cycle(4, .05 if 'sgd' in opt or opt=='nesterov' else .005))
-    assert values[-1][-1] > .9 and values[-1][0] < values[0][0]
+    accuracy = learn.recorder.metric_names.index('valid_accuracy') - 1
+    assert values[-1][accuracy] > .9 and values[-1][0] < values[0][0]
 
 
 def test_an_unknown_optimizer_lists_the_known(shapes, tmp_path):
     with pytest.raises(InputError, match='sgd, nesterov, adam, adamw, rmsprop'): tiny_learner(shapes, tmp_path, opt='lion')
+
+
+def test_the_learning_rate_is_in_the_log_of_a_training_and_nowhere_else(shapes, tmp_path):
+    learn,lines = tiny_learner(shapes, tmp_path),[]
+    learn.logger = lines.append
+    with learn.no_bar(): learn.fit_triangle(2, .001, .01, peak=1)
+    names = list(learn.recorder.metric_names)
+    assert names == ['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy', 'lr', 'time']
+    assert [row[names.index('lr')] for row in lines] == [learn.recorder.lrs[8], learn.recorder.lrs[-1]]
+    assert len(learn.validate()) == 2

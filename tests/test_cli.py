@@ -1,0 +1,65 @@
+import os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+import cifar_cam.cli as cli
+from cifar_cam.cli import COMMANDS, main
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+
+def shell(*words, **env):
+    return subprocess.run([sys.executable, '-m', 'cifar_cam', *map(str, words)], capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(Path(cli.__file__).parents[1]), **env))
+
+
+@pytest.mark.parametrize('words', [['train'], ['train', 'nope', '--data', 'shapes'], ['train', 'davidnet', '--data', 'no such folder'],
+    ['train', 'davidnet', '--data', 'shapes', '--epochs', '0'], ['train', 'davidnet', '--data', 'shapes', '--set', 'norm=x'],
+    ['train', 'davidnet', '--epochs', 'many'], ['train', 'davidnet', '--set', 'colour=red'], ['train', 'davidnet', '--colour'],
+    ['train', '--resume', 'no such run'], ['train', 'davidnet', '--data', 'shapes', '--runs', '0'], ['cam', 'no such run'], ['cam'], ['fly'], [],
+    ['lr-find', 'nope']])
+def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(capsys, tmp_path, words):
+    assert main(words) == 2
+    out,err = capsys.readouterr()
+    assert err.count('\n') == 1 and err.startswith('cifar-cam: ') and not out and not list(tmp_path.iterdir())
+
+
+def test_help_of_each_command_shows_its_options_and_defaults(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as e: main([name.replace('_', '-'), '--help'])
+        assert e.value.code == 0
+        out = capsys.readouterr().out
+        assert COMMANDS[name].__doc__.split('.')[0].split()[-1] in out
+        for k in COMMANDS[name].__annotations__: assert k.replace('_', '-') in out or k in out
+    with pytest.raises(SystemExit): main(['train', '--help'])
+    assert '(default: cifar10)' in capsys.readouterr().out
+
+
+def test_recipes_lists_them_all(capsys):
+    assert main(['recipes']) == 0
+    assert all(n in capsys.readouterr().out for n in ('resnet18-plateau', '11,173,962', '91.77'))
+
+
+def test_a_training_at_the_shell_ends_with_its_folder(shapes, tmp_path):
+    done = shell('train', 'davidnet', '--data', shapes, '--epochs', 1, '--bs', 64, '--set', 'lr=.05', '--set', 'lr_min=.005', '--out', 'my runs')
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    path = tmp_path/lines[-1]
+    assert path.parent == tmp_path/'my runs' and (path/'metrics.json').exists() and (path/'figures'/'cams.png').exists()
+    assert '\r' not in done.stdout.replace('\r█', '') and '%|' not in done.stdout and 'accuracy' in lines[-2]
+    again = shell('train', '--resume', path)
+    assert again.returncode == 0 and again.stdout.strip().splitlines()[-1] == str(path)
+    cam = shell('cam', path, '--k', 3, '--which', 'correct', '--method', 'layercam')
+    assert cam.returncode == 0 and Path(cam.stdout.strip().splitlines()[-1]).stat().st_size > 1000
+    for words,word in (['--layer', 'layer3'], 'min_px'), (['--method', 'nopecam'], 'nopecam'), (['--which', 'nice'], 'nice'):
+        bad = shell('cam', path, *words)
+        assert bad.returncode == 2 and bad.stderr.count('\n') == 1 and word in bad.stderr and 'Traceback' not in bad.stderr
+
+
+def test_lr_find_prints_its_pick_and_draws_it(colours, tmp_path, capsys):
+    assert main(['lr-find', 'davidnet', '--data', str(colours), '--set', 'bs=16', '--out', str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-2].split()[0].startswith('lr=') and Path(lines[-1]).suffix == '.png' and Path(lines[-1]).exists()

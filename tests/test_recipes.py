@@ -1,0 +1,248 @@
+import json, os, signal, subprocess, sys, textwrap
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.vision.all import nn
+from safetensors.torch import load_file
+
+from cifar_cam.data import CIFAR10, InputError, image_files
+from cifar_cam.models import MODELS
+from cifar_cam.recipes import (RECIPES, Recipe, Run, accuracy_interval, calibration_error, change, chooses, find_recipe, load_published, load_run,
+                               load_weights, new_run_folder, read_recipe, recipe_dls, recipe_table, run_recipe, run_seeds, seed_summary, train_run)
+
+FILES = 'recipe.json env.json history.csv metrics.json weights.safetensors checkpoint.pt lrs.json'.split()
+TINY = textwrap.dedent('''
+    import matplotlib; matplotlib.use('Agg')
+    import torch
+    from torch import nn
+    from cifar_cam.models import MODELS
+    def tiny(n_out=10, norm='batch'):
+        return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+                             nn.Dropout(.1), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, n_out))
+    MODELS['tiny'] = tiny
+''')
+
+
+@pytest.fixture(autouse=True)
+def tiny_arch(monkeypatch):
+    names = {}
+    exec(TINY, names)
+    monkeypatch.setitem(MODELS, 'tiny', names['tiny'])
+
+
+def tiny_recipe(**changes):
+    return Recipe('tiny', **{**dict(arch='tiny', epochs=2, bs=32, lr=.05, lr_min=.005, hold_out=.1), **changes})
+
+
+def no_seconds(history): return history.drop(columns='seconds')
+
+
+# --- what a recipe may say
+
+@pytest.mark.parametrize('field, value', [('arch', 'vgg'), ('norm', 'instance'), ('opt', 'lion'), ('schedule', 'step'), ('augment', 'mixup'),
+    ('epochs', 0), ('epochs', -3), ('bs', 1), ('bs', 10**9), ('lr', float('nan')), ('lr', 0), ('lr', -1), ('lr', float('inf')), ('lr', 'fast'),
+    ('wd', float('nan')), ('factor', 1.5), ('hold_out', 0), ('pct_start', 0), ('cutout', -1), ('name', '../up'), ('name', '')])
+def test_an_impossible_value_is_one_line_that_names_it(field, value):
+    with pytest.raises(InputError, match=field) as e: change(RECIPES['davidnet'], **{field: value})
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('text, fields', [('norm=group', dict(norm='group')), ('lr=0.2', dict(lr=.2)), ('lr=find', dict(lr='find')), ('bs=64', dict(bs=64)),
+    ('keep_best=true', dict(keep_best=True)), ('keep_best=no', dict(keep_best=False)), ('wd=1e-3', dict(wd=1e-3))])
+def test_settings_from_the_shell_have_the_type_of_their_field(text, fields):
+    k,v = text.split('=')
+    assert change(RECIPES['davidnet'], **{k: v}) == change(RECIPES['davidnet'], **fields)
+
+
+@pytest.mark.parametrize('k, v', [('epochs', '2.5'), ('keep_best', 'perhaps'), ('lr', 'abc'), ('batch_size', '3')])
+def test_settings_that_cannot_be_are_refused(k, v):
+    with pytest.raises(InputError, match=k): change(RECIPES['davidnet'], **{k: v})
+
+
+def test_a_recipe_from_toml_is_like_a_built_in_one(tmp_path):
+    path = tmp_path/'mine.toml'
+    path.write_text('base = "davidnet"\nepochs = 3\nnorm = "group"\n')
+    r = find_recipe(str(path), bs='64')
+    assert (r.name, r.arch, r.epochs, r.norm, r.bs, r.published) == ('mine', 'davidnet', 3, 'group', 64, None)
+    for text,word in ('epoch = 3', 'epoch'), ('epochs = 0', 'epochs'), ('epochs =', 'TOML'), ('base = "nope"', 'nope'), ('epochs = [1]', 'mine.toml'):
+        path.write_text(text)
+        with pytest.raises(InputError, match=word) as e: read_recipe(path)
+        assert 'mine.toml' in str(e.value) or 'nope' in str(e.value)
+    with pytest.raises(InputError, match='gone.toml'): find_recipe(tmp_path/'gone.toml')
+
+
+def test_the_table_has_a_row_for_each_published_experiment():
+    table = recipe_table()
+    assert list(table.recipe) == list(RECIPES) and '11,173,962' in table.parameters.values and '6,573,130' in table.parameters.values
+    for r in RECIPES.values():
+        curve = load_published(r.name).test_accuracy
+        assert r.published == (curve.max() if 'best' in r.published_as else curve.iloc[-1])
+
+
+# --- what is chosen, and by which images
+
+def test_only_recipes_that_choose_hold_images_out_and_never_test_images(shapes):
+    for r,n in (tiny_recipe(), 0), (tiny_recipe(lr='find'), 30), (tiny_recipe(schedule='plateau'), 30), (tiny_recipe(keep_best=True), 30):
+        dls = recipe_dls(r, shapes)
+        assert bool(chooses(r)) == (n > 0) and len(dls.loaders) == 2 + (n > 0)
+        assert len(dls.train_ds) == 300 - n and len(dls.valid_ds) == n or len(dls.valid_ds) == 100
+        assert all(f.parent.parent.name == 'test' for f in dls[-1].items)
+        if n: assert all(f.parent.parent.name == 'train' for f in [*dls[0].items, *dls[1].items])
+    assert len(recipe_dls(tiny_recipe(lr='find'), shapes, hold_out=False).loaders) == 2
+
+
+def test_the_published_protocol_is_said_wherever_its_accuracy_is(shapes, tmp_path):
+    run = run_recipe(tiny_recipe(epochs=1, keep_best=True), shapes, tmp_path, published_protocol=True)
+    assert 'TEST' in run.metrics['chosen_on'] and 'TEST' in run.chosen_on
+    assert 'held-out' in run_recipe(tiny_recipe(epochs=1, keep_best=True), shapes, tmp_path).metrics['chosen_on']
+
+
+# --- a run
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_every_recipe_runs_end_to_end(shapes, tmp_path, name):
+    run = run_recipe(name, shapes, tmp_path, epochs=1, bs=64)
+    assert all((run.path/f).stat().st_size for f in FILES) and run.path.parent == tmp_path and run.path.name.startswith(name)
+    figures = {f.stem for f in (run.path/'figures').iterdir()}
+    assert {'curves', 'confusion_matrix', 'class_accuracy', 'top_losses', 'misclassified', 'cams'} <= figures
+    assert ('lr_find' in figures) == ('learning rate' in chooses(run.recipe)) and ('schedule' in figures) == (run.recipe.schedule=='triangle')
+    m = run.metrics
+    assert m['images'] == 100 and m['accuracy_interval'][0] <= m['accuracy'] <= m['accuracy_interval'][1] and 0 <= m['calibration_error'] <= 1
+    assert np.mean(list(m['class_accuracy'].values())) == pytest.approx(m['accuracy'], abs=1e-6)
+    recorded = json.loads((run.path/'recipe.json').read_text())
+    assert set(recorded) == set(Recipe.__dataclass_fields__) and recorded['epochs'] == 1
+    assert len(run.history) == 1 and not [f for f in run.path.rglob('.*')]
+
+
+def test_the_same_seed_gives_the_same_run(shapes, tmp_path):
+    a,b,c = (run_recipe(tiny_recipe(lr='find', keep_best=True), shapes, tmp_path/str(i), seed) for i,seed in enumerate((0, 0, 1)))
+    assert (a.path/'weights.safetensors').read_bytes() == (b.path/'weights.safetensors').read_bytes() != (c.path/'weights.safetensors').read_bytes()
+    assert a.metrics == b.metrics and no_seconds(a.history).equals(no_seconds(b.history)) and a.lrs == b.lrs
+    assert a.env['data_checksum'] == b.env['data_checksum'] and a.env['seed'] == 0
+
+
+def test_a_loaded_run_predicts_what_was_measured(shapes, tmp_path):
+    run = load_run(run_recipe(tiny_recipe(), shapes, tmp_path).path)
+    assert (run.interp.pred_class == run.interp.targs).float().mean().item() == pytest.approx(run.metrics['accuracy'])
+    assert run.recipe == tiny_recipe() and run.finished
+
+
+def test_the_best_epoch_is_kept(shapes, tmp_path):
+    run = run_recipe(tiny_recipe(keep_best=True, epochs=4, lr=.3, schedule='constant'), shapes, tmp_path)
+    held = run.learn.get_preds(dl=run.dls[1])
+    assert (held[0].argmax(1) == held[1]).float().mean().item() == pytest.approx(run.history.valid_accuracy.max(), abs=1e-6)
+
+
+KILLS = dict(
+    mid_epoch="""
+from cifar_cam.train import StopOnNaN
+check = StopOnNaN.after_loss
+def after_loss(self):
+    if self.epoch==1 and self.iter==3 and not hasattr(self.learn, 'lr_finder'): die()
+    check(self)
+StopOnNaN.after_loss = after_loss""",
+    writing_a_checkpoint="""
+save = torch.save
+def half(state, path):
+    if state['epochs']==2: path.write_bytes(b'half of it'); die()
+    save(state, path)
+torch.save = half""",
+    between_history_and_checkpoint="""
+save = torch.save
+def none(state, path):
+    if state['epochs']==3: die()
+    save(state, path)
+torch.save = none""",
+    writing_metrics="import cifar_cam.recipes as r; r.evaluate = lambda *a: die()",
+    drawing="import cifar_cam.recipes as r; r.plot_curves = lambda *a: die()")
+
+
+@pytest.mark.parametrize('moment', KILLS)
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(shapes, tmp_path, moment):
+    r = tiny_recipe(epochs=3, lr='find', schedule='plateau', patience=1, keep_best=True)
+    whole = run_recipe(r, shapes, tmp_path/'whole')
+    script = TINY + f"""
+import os, signal
+from cifar_cam.recipes import *
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+{KILLS[moment]}
+run_recipe({r!r}, {str(shapes)!r}, {str(tmp_path/'killed')!r})
+"""
+    done = subprocess.run([sys.executable, '-c', script], env=dict(os.environ, PYTHONPATH=os.getcwd()), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    [path] = (tmp_path/'killed').iterdir()
+    run = train_run(path)
+    assert no_seconds(run.history).equals(no_seconds(whole.history)) and run.metrics == whole.metrics
+    assert (path/'weights.safetensors').read_bytes() == (whole.path/'weights.safetensors').read_bytes()
+    assert {f.name for f in (path/'figures').iterdir()} >= {f.name for f in (whole.path/'figures').iterdir()} - {'lr_find.png'}
+
+
+# --- bad input leaves nothing behind
+
+@pytest.mark.parametrize('kwargs', [dict(recipe='resnet'), dict(recipe='davidnet', epochs=0), dict(recipe='davidnet', data='/nowhere')])
+def test_bad_input_makes_no_folder(shapes, tmp_path, kwargs):
+    with pytest.raises(InputError): run_recipe(**{'data': shapes, 'out': tmp_path/'runs', **kwargs})
+    assert not (tmp_path/'runs').exists()
+
+
+def test_out_that_is_a_file_is_named(shapes, tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(InputError, match='is a file'): new_run_folder('x', tmp_path/'file')
+
+
+def test_two_runs_in_one_second_get_two_folders(tmp_path):
+    assert len({new_run_folder('x', tmp_path) for _ in range(5)}) == 5
+
+
+@pytest.mark.parametrize('spoil', [lambda p: (p/'recipe.json').unlink(), lambda p: (p/'recipe.json').write_text('{'), lambda p: (p/'env.json').unlink(),
+                                   lambda p: (p/'recipe.json').write_text('{"name": "x", "colour": 3}')])
+def test_what_is_no_run_is_named(tmp_path, spoil):
+    path = new_run_folder('x', tmp_path)
+    (path/'recipe.json').write_text(json.dumps(dict(name='x')))
+    (path/'env.json').write_text('{}')
+    assert load_run(path).recipe == Recipe('x')
+    spoil(path)
+    with pytest.raises(InputError, match='no run folder') as e: load_run(path)
+    assert '\n' not in str(e.value)
+
+
+def test_weights_of_another_network_are_refused(shapes, tmp_path):
+    run = run_recipe(tiny_recipe(epochs=1), shapes, tmp_path)
+    with pytest.raises(InputError, match='not the weights of this network'): load_weights(nn.Linear(2, 2), run.path/'weights.safetensors')
+    (run.path/'weights.safetensors').write_bytes(b'x')
+    with pytest.raises(InputError, match='weights.safetensors'): load_run(run.path).learn
+
+
+# --- numbers
+
+def test_calibration_error_is_guos():
+    rng = np.random.default_rng(0)
+    logits,y = torch.tensor(rng.normal(0, 2, (500, 4))),torch.tensor(rng.integers(0, 4, 500))
+    probs = logits.softmax(1)
+    conf,hit,expected = probs.max(1).values.numpy(),(probs.argmax(1)==y).numpy(),0.
+    for lo,hi in zip(np.linspace(0, 1, 16)[:-1], np.linspace(0, 1, 16)[1:]):
+        here = (conf > lo) & (conf <= hi)
+        if here.any(): expected += here.mean()*abs(hit[here].mean() - conf[here].mean())
+    assert calibration_error(probs, y) == pytest.approx(expected, abs=1e-9)
+    assert calibration_error(torch.eye(3), torch.arange(3)) == 0
+    assert calibration_error(torch.eye(3), torch.tensor([1, 2, 0])) == 1
+
+
+def test_intervals():
+    lo,hi = accuracy_interval(940, 1000)
+    assert lo < .94 < hi and hi - lo == pytest.approx(.03, abs=.003)
+    assert accuracy_interval(10, 10)[1] == 1 and accuracy_interval(0, 10)[0] == 0
+    s = seed_summary([.90, .92, .94])
+    assert s['mean'] == pytest.approx(.92) and s['std'] == pytest.approx(.02)
+    assert s['interval'] == pytest.approx([.92 - 4.3027*.02/3**.5, .92 + 4.3027*.02/3**.5], rel=1e-4)
+    assert seed_summary([.9])['interval'] is None
+
+
+def test_several_seeds_are_summed_up(shapes, tmp_path):
+    path = run_seeds(tiny_recipe(epochs=1), shapes, tmp_path, seed=5, runs=2)
+    s = json.loads((path/'summary.json').read_text())
+    assert s['seeds'] == 2 and [load_run(path/n).env['seed'] for n in s['runs']] == [5, 6]
+    assert s['mean'] == pytest.approx(np.mean([load_run(path/n).metrics['accuracy'] for n in s['runs']]))
+    with pytest.raises(InputError, match='runs=0'): run_seeds('davidnet', shapes, tmp_path, runs=0)
