@@ -6,10 +6,10 @@
 __all__ = ['SCHEDULES', 'AUGMENTS', 'NORMS', 'RECIPES', 'Recipe', 'check_recipe', 'chooses', 'find_recipe', 'change',
            'read_recipe', 'load_published', 'recipe_table', 'recipe_dls', 'recipe_learner', 'pick_lrs', 'fit_recipe',
            'predict', 'History', 'KeepBest', 'save_weights', 'load_weights', 'calibration_error', 'accuracy_interval',
-           'evaluate', 'environment', 'new_run_folder', 'tensorboard_logs', 'run_recipe', 'train_run', 'Run',
-           'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds']
+           'evaluate', 'image_format', 'environment', 'new_run_folder', 'tensorboard_logs', 'run_recipe', 'train_run',
+           'Run', 'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds']
 
-# %% ../nbs/09_recipes.ipynb #eaa6815f
+# %% ../nbs/09_recipes.ipynb #fba3d8c1
 import json, platform, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
-from fastai.vision.all import Callback, DataLoaders, Learner, ParamScheduler, SchedCos
+from fastai.vision.all import Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, first
 from fastprogress import progress_bar
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest, t as student_t
@@ -305,6 +305,15 @@ def evaluate(
                 calibration_error=calibration_error(logits.softmax(1), targets), images=len(targets),
                 class_accuracy={c: hit[targets==i].float().mean().item() for i,c in enumerate(learn.dls.vocab)})
 
+# %% ../nbs/09_recipes.ipynb #c1848401
+def image_format(
+    dls:DataLoaders, # what a network was trained on
+) -> dict:
+    "What another image must be made into before that network can see it: its side, the channels' mean and standard deviation"
+    norm = first(t for t in dls.after_batch.fs if isinstance(t, Normalize))
+    mean,std = (o.flatten().tolist() for o in (norm.mean, norm.std))
+    return dict(size=list(dls.valid.one_batch()[0].shape[-2:]), mean=mean, std=std)
+
 # %% ../nbs/09_recipes.ipynb #261cb98d
 def environment(
     data:str|Path, # as given
@@ -370,7 +379,7 @@ def run_recipe(
     _write_json(dict(env, published_protocol=published_protocol, tensorboard=tensorboard), path/'env.json')
     return train_run(path)
 
-# %% ../nbs/09_recipes.ipynb #16677666
+# %% ../nbs/09_recipes.ipynb #d2f321fc
 def train_run(
     path:str|Path, # a run folder, finished or not
     figures:bool=True, # draw the figures at the end
@@ -385,12 +394,13 @@ def train_run(
         fit_recipe(learn, r, lrs, cbs)
         if r.keep_best: load_weights(learn.model, path/'best.safetensors')
         save_atomically(lambda f: save_weights(learn.model, f), path/'weights.safetensors')
-        _write_json(dict(evaluate(learn, learn.dls[-1]), epochs=r.epochs, chosen_on=run.chosen_on), path/'metrics.json')
+        about = dict(epochs=r.epochs, chosen_on=run.chosen_on, **image_format(learn.dls))
+        _write_json(dict(evaluate(learn, learn.dls[-1]), **about), path/'metrics.json')
     run = load_run(path)
     if figures: draw_run(run)
     return run
 
-# %% ../nbs/09_recipes.ipynb #cd508942
+# %% ../nbs/09_recipes.ipynb #af3367da
 class Run:
     "A run folder: `recipe`, `env`, `history`, `metrics`, `learn`"
     def __init__(self, path:str|Path):
@@ -424,6 +434,14 @@ class Run:
     @cached_property
     def dls(self) -> DataLoaders:
         return recipe_dls(self.recipe, self.env['data'], self.env['seed'], hold_out=not self.env['published_protocol'])
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        "The trained network alone, ready to predict; needs no data"
+        if not self.finished: raise InputError(f'{self.path}: the training is not finished; `cifar-cam train --resume {self.path}` goes on')
+        model = build_model(self.recipe.arch, len(self.metrics['class_accuracy']), self.recipe.norm)
+        load_weights(model, self.path/'weights.safetensors')
+        return model.eval()
 
     @cached_property
     def learn(self) -> Learner:

@@ -55,16 +55,16 @@ class SeedEpochs(Callback):
         random.seed(int(state[0])); np.random.seed(state[1]); torch.manual_seed(int(state[2]))
         self.dls.train.rng = random.Random(int(state[3]))
 
-# %% ../nbs/05_train.ipynb #0247eefa
+# %% ../nbs/05_train.ipynb #9a6b4855
 class LogLR(Callback):
     "A column of the progress table: the learning rate of the epoch's last step"
-    order,fitting = 55,False  # between the recorder, which makes the table's row, and the progress bar, which writes its head
+    order = 55  # between the recorder, which makes the table's row, and the progress bar, which writes its head
     def before_fit(self):
-        self.fitting = True
+        self.trained = False  # `validate` and `get_preds` come here too
         self.recorder.metric_names.insert(-1, 'lr')
+    def before_train(self): self.trained = True
     def after_validate(self):
-        if self.fitting: self.recorder.log.append(float(self.opt.hypers[-1]['lr']))
-    def after_fit(self): self.fitting = False
+        if self.trained: self.recorder.log.append(float(self.opt.hypers[-1]['lr']))
 
 # %% ../nbs/05_train.ipynb #53347945
 class L1Penalty(Callback):
@@ -153,7 +153,7 @@ def _plain(o):
     if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
     return type(o)(map(_plain, o)) if isinstance(o, (list, tuple)) else o
 
-# %% ../nbs/05_train.ipynb #dc0f410c
+# %% ../nbs/05_train.ipynb #c0a9ae2f
 class Checkpoint(Callback):
     "Write `path` after each epoch, and go on from it where it exists"
     order = 70
@@ -165,7 +165,7 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         self.learn.first_epoch = 0
-        if not self.path.exists(): return
+        if not self.path.exists() or hasattr(self.learn, 'gather_preds'): return
         state = torch.load(self.path, map_location='cpu', weights_only=True)
         self.model.load_state_dict(state['model'])
         self.opt.load_state_dict(state['opt'])

@@ -285,6 +285,14 @@ def test_mean_cams(interp, known_maps):
     assert titles(fig) == ['circle taken\nfor arrow', 'triangle', '2 images', 'no images']
     assert wrong.mean_cams(['arrow'], n=3)[0][2] == 3
 
+def test_blank_maps_are_not_in_the_mean(interp, monkeypatch):
+    right = as_if(interp, interp.targs)
+    maps,blank = np.zeros((5, 32, 32), np.float32),np.array([True, False, True, False, False])
+    maps[1:] = 1
+    monkeypatch.setattr(right, 'cams', lambda *args: (maps, blank))
+    (image,cam,n), = right.mean_cams(['arrow'])
+    assert n == 3 and np.allclose(image, file_pixels(interp._files([1, 3, 4])).mean(0), atol=0.51)
+
 def test_methods_side_by_side(interp):
     fig = interp.plot_methods(7, ('gradcam', 'eigencam'), target='ring')
     assert [t for t in titles(fig)][1:] == ['gradcam', 'eigencam'] and 'predicted / actual; maps of the ring class' in texts(fig)
@@ -418,10 +426,12 @@ def test_explain_squeezes_the_whole_photo(learn, monkeypatch):
     real = interpret.cam_maps
     monkeypatch.setattr(interpret, 'cam_maps', lambda model, xb, *args, **kw: seen.append(xb) or real(model, xb, *args, **kw))
     photo = Image.new('RGB', (300, 100), 'black')
-    photo.paste('white', (150, 0, 300, 100))
+    photo.paste('white', (0, 0, 150, 100))
+    photo.paste('red', (270, 0, 300, 100)) # at the end, where a centre crop would lose it
     fig,_ = explain_image(learn, photo)
-    x = seen[0][0, 0]
-    assert x.shape == (32, 32) and x[:, :14].std() < 1e-3 and x[:, 18:].std() < 1e-3 and x[:, 20].mean() > x[:, 10].mean()
+    red = seen[0][0, 0]
+    assert red.shape == (32, 32) and red[:, :14].std() < 1e-3 and red[:, 18:26].std() < 1e-3
+    assert torch.isclose(red[:, 31].mean(), red[:, 0].mean(), atol=0.05) and red[:, 0].mean() > red[:, 22].mean() + 1
     assert pictures(fig)[0].shape == (100, 300, 3) == pictures(fig)[1].shape # at the photo's own resolution
 
 def test_explain_with_a_network_alone(interp, learn):

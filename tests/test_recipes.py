@@ -125,7 +125,7 @@ def test_the_same_seed_gives_the_same_run(shapes, tmp_path):
 
 def test_a_loaded_run_predicts_what_was_measured(shapes, tmp_path):
     run = load_run(run_recipe(tiny_recipe(), shapes, tmp_path).path)
-    assert (run.interp.pred_class == run.interp.targs).float().mean().item() == pytest.approx(run.metrics['accuracy'])
+    assert (run.interp.preds == run.interp.targs).float().mean().item() == pytest.approx(run.metrics['accuracy'])
     assert run.recipe == tiny_recipe() and run.finished
 
 
