@@ -104,14 +104,14 @@ def _span(n, size, bs, device):
     i = torch.arange(n, device=device)
     return (i >= start) & (i < start + size)
 
-# %% ../nbs/02_augment.ipynb #1921eee8
+# %% ../nbs/02_augment.ipynb #6e2418f4
 def cifar_augment(
     cutout:int=8, # side of the Cutout hole in pixels; 0 for none
     pad:int=4, # pixels that `PadCrop` adds on each side; 0 for no crop
     flip:bool=True, # mirror one image in two
 ) -> list:
     "Pad-and-crop, flip, Cutout: the `item_tfms` of the published experiments"
-    return [PadCrop(pad)]*bool(pad) + [Flip()]*flip + [Cutout(cutout)]*bool(cutout)
+    return ([PadCrop(pad)] if pad else []) + ([Flip()] if flip else []) + ([Cutout(cutout)] if cutout else [])
 
 # %% ../nbs/02_augment.ipynb #e651441b
 class Albumentations(Transform):

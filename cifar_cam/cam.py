@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'head_leaf', 'unwrap', 'untouched', 'map_sizes', 'stages', 'find_layer', 'cam_layer', 'class_indices',
            'target_pair', 'DifferenceTarget', 'cam_method', 'scale_maps', 'CamMaps', 'cam_maps', 'all_cams']
 
-# %% ../nbs/06_cam.ipynb #3c49afbd
+# %% ../nbs/06_cam.ipynb #9817d61b
 import io, operator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from copy import deepcopy
@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
-# %% ../nbs/06_cam.ipynb #b8206698
+from .data import InputError
+
+# %% ../nbs/06_cam.ipynb #f4e9fe3f
 @contextmanager
 def head_leaf(
     layer:nn.Module, # target layer: its output is N×C×H×W
@@ -31,7 +33,7 @@ def head_leaf(
     def cut(module, args, out):
         if not torch.is_tensor(out) or out.ndim != 4:
             what = f'an output of shape {tuple(out.shape)}' if torch.is_tensor(out) else f'a {type(out).__name__}'
-            raise ValueError(f"layer {type(module).__name__} gives {what}: a CAM needs a layer that gives N×C×H×W")
+            raise InputError(f"layer {type(module).__name__} gives {what}: a CAM needs a layer that gives N×C×H×W")
         leaves.append(out.detach().float().requires_grad_(grad))
         if grad: torch.set_grad_enabled(True)
         return leaves[-1].to(out.dtype, copy=True)
@@ -106,22 +108,22 @@ def stages(
     big,stem_only = maps[:small], not any(any(kids[n].children()) for n in maps[:small])
     return (within(maps[small]) if stem_only and small < len(maps) else []) or big
 
-# %% ../nbs/06_cam.ipynb #42725b2f
+# %% ../nbs/06_cam.ipynb #fa6dc069
 def find_layer(
     model:nn.Module, # unwrapped
     layer:str|nn.Module, # dotted name, or the module itself
 ) -> tuple: # (dotted name, module)
-    "A layer by name or identity. Raises ValueError that lists the names"
+    "A layer by name or identity. Raises InputError that lists the names"
     names = {n: m for n,m in model.named_modules() if n}
     if isinstance(layer, nn.Module):
         for n,m in names.items():
             if unwrap(m) is unwrap(layer): return n,m
-        raise ValueError(f"the {type(layer).__name__} given as layer is not a part of the model: pass one that is, or a name")
+        raise InputError(f"the {type(layer).__name__} given as layer is not a part of the model: pass one that is, or a name")
     if layer in names: return layer,names[layer]
     listed = ', '.join(n for n in names if n.count('.') < 2)
-    raise ValueError(f"no layer {layer!r} in the model: choose 'auto' or one of {listed}, or a part of one")
+    raise InputError(f"no layer {layer!r} in the model: choose 'auto' or one of {listed}, or a part of one")
 
-# %% ../nbs/06_cam.ipynb #ccec0c2e
+# %% ../nbs/06_cam.ipynb #0bc4480a
 def _px(size): return f'{size[0]}×{size[1]}'
 
 def _pick_layer(model, layer, x, min_px):
@@ -131,16 +133,16 @@ def _pick_layer(model, layer, x, min_px):
     big,at = stages(model, sizes, min_px), _px(x.shape[-2:])
     if layer == 'auto':
         if big: return find_layer(model, big[-1])
-        raise ValueError(f"no stage of the model has a map of {_px((min_px, min_px))} or more at {at} input: "
+        raise InputError(f"no stage of the model has a map of {_px((min_px, min_px))} or more at {at} input: "
                          "pass a smaller min_px or larger images")
     size = sizes.get(layer)
-    if not size: raise ValueError(f"layer {layer!r} gives no N×C×H×W map: pass layer='auto' or one of {', '.join(big)}")
+    if not size: raise InputError(f"layer {layer!r} gives no N×C×H×W map: pass layer='auto' or one of {', '.join(big)}")
     if min(size) >= min_px: return layer,module
     mend = f"layer={big[-1]!r} ({_px(sizes[big[-1]])}) or " if big else ''
-    raise ValueError(f"layer {layer!r} has a {_px(size)} map at {at} input, smaller than min_px={min_px}: one cell covers "
+    raise InputError(f"layer {layer!r} has a {_px(size)} map at {at} input, smaller than min_px={min_px}: one cell covers "
                      f"1/{min(size)} of the side, too coarse to say where; pass {mend}min_px={min(size)}")
 
-# %% ../nbs/06_cam.ipynb #56ceebf4
+# %% ../nbs/06_cam.ipynb #e35cc45a
 def _like(model, x=None, size=(32,32)):
     "The images `x`, or one black image, on the device and in the dtype of `model`"
     p = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -154,19 +156,19 @@ def cam_layer(
     size:tuple=(32,32), # height and width of the images: CIFAR's
     min_px:int=5, # smallest side of a map that is of use: 4×4 says little about where
 ) -> tuple: # (dotted name, module)
-    "The target layer. Raises ValueError if there is no such layer or its map is too small, with the mend"
+    "The target layer. Raises InputError if there is no such layer or its map is too small, with the mend"
     model = unwrap(model)
     return _pick_layer(model, layer, _like(model, size=size), min_px)
 
-# %% ../nbs/06_cam.ipynb #28ce5734
+# %% ../nbs/06_cam.ipynb #29ce5634
 def _index(t, n, vocab):
     "The index of class `t`, a name of `vocab` or an index below `n`"
     if isinstance(t, str):
-        if vocab is None: raise ValueError(f"target {t!r} is a name: pass vocab, the list of the class names")
-        if t not in (names := list(vocab)): raise ValueError(f"unknown class {t!r}: choose one of {', '.join(map(str, names))}")
+        if vocab is None: raise InputError(f"target {t!r} is a name: pass vocab, the list of the class names")
+        if t not in (names := list(vocab)): raise InputError(f"unknown class {t!r}: choose one of {', '.join(map(str, names))}")
         t = names.index(t)
-    if isinstance(t, bool) or not hasattr(t, '__index__'): raise ValueError(f"target {t!r} is neither a class name nor an index")
-    if not 0 <= (i := operator.index(t)) < n: raise ValueError(f"class {i} is out of range: the model's classes are 0 to {n-1}")
+    if isinstance(t, bool) or not hasattr(t, '__index__'): raise InputError(f"target {t!r} is neither a class name nor an index")
+    if not 0 <= (i := operator.index(t)) < n: raise InputError(f"class {i} is out of range: the model's classes are 0 to {n-1}")
     return i
 
 def class_indices(
@@ -174,28 +176,28 @@ def class_indices(
     logits:torch.Tensor, # N×C
     vocab:list=None, # class names; needed where `targets` has names
 ) -> torch.Tensor: # N indices
-    "The class asked about in each image. Raises ValueError for a wrong length, an unknown name, an index out of range"
+    "The class asked about in each image. Raises InputError for a wrong length, an unknown name, an index out of range"
     N,C = logits.shape
     if targets is None or isinstance(targets, str) and targets=='predicted': return logits.argmax(1)
     if isinstance(targets, str) and targets=='runner-up':
-        if C < 2: raise ValueError("'runner-up' needs a model with two classes or more")
+        if C < 2: raise InputError("'runner-up' needs a model with two classes or more")
         return logits.topk(2).indices[:, 1]
     if hasattr(targets, 'tolist'): targets = targets.tolist()
     one = isinstance(targets, (str, int)) or not isinstance(targets, Iterable)
     idxs = [_index(t, C, vocab) for t in ([targets]*N if one else targets)]
-    if len(idxs) != N: raise ValueError(f"{len(idxs)} targets for {N} images: pass one class for each image, or one for all")
+    if len(idxs) != N: raise InputError(f"{len(idxs)} targets for {N} images: pass one class for each image, or one for all")
     return torch.tensor(idxs, dtype=torch.long, device=logits.device)
 
-# %% ../nbs/06_cam.ipynb #71b58cf2
+# %% ../nbs/06_cam.ipynb #dc1b9122
 def target_pair(
     targets, # as for `class_indices`; a tuple of two of these asks about the difference of two logits
     logits:torch.Tensor, # N×C
     vocab:list=None, # class names; needed where `targets` has names
 ) -> tuple: # (N indices, N indices or None)
-    "The classes asked about in each image, and those they are compared with. Raises ValueError as `class_indices` does"
+    "The classes asked about in each image, and those they are compared with. Raises InputError as `class_indices` does"
     if not isinstance(targets, tuple): return class_indices(targets, logits, vocab),None
     if len(targets) != 2:
-        raise ValueError(f"a tuple of {len(targets)} targets: a tuple is a pair (a, b); for one class an image pass a list")
+        raise InputError(f"a tuple of {len(targets)} targets: a tuple is a pair (a, b); for one class an image pass a list")
     return tuple(class_indices(t, logits, vocab) for t in targets)
 
 # %% ../nbs/06_cam.ipynb #00d1cc6d
@@ -217,7 +219,7 @@ def _finer_targets(logits, a, b, alpha=1, comparison_categories=(1,2,3)):
     order = gap.argsort(dim=1, stable=True).tolist()
     return [FinerWeightedTarget(i, [o[r] for r in comparison_categories if r < len(o)], alpha) for i,o in zip(a.tolist(), order)]
 
-# %% ../nbs/06_cam.ipynb #303389f1
+# %% ../nbs/06_cam.ipynb #54d15c39
 METHODS = {'gradcam':'GradCAM', 'hirescam':'HiResCAM', 'gradcam++':'GradCAMPlusPlus', 'xgradcam':'XGradCAM', 'layercam':'LayerCAM',
            'eigencam':'EigenCAM', 'eigengradcam':'EigenGradCAM', 'elementwise':'GradCAMElementWise', 'kpca':'KPCA_CAM', 'fem':'FEM',
            'fullgrad':'FullGrad', 'scorecam':'ScoreCAM', 'ablationcam':'AblationCAM', 'shapleycam':'ShapleyCAM',
@@ -226,13 +228,13 @@ METHODS = {'gradcam':'GradCAM', 'hirescam':'HiResCAM', 'gradcam++':'GradCAMPlusP
 def cam_method(
     method:str, # a key of `METHODS` or the library's class name, in any case
 ) -> tuple: # (key of `METHODS`, the library's class)
-    "A method of pytorch-grad-cam by name. Raises ValueError that lists those the installed version has"
+    "A method of pytorch-grad-cam by name. Raises InputError that lists those the installed version has"
     import pytorch_grad_cam as lib
     plain = lambda s: str(s).lower().replace('_', '').replace('-', '')
     for key,cls in METHODS.items():
         if plain(method) in (key, plain(cls)) and hasattr(lib, cls): return key,getattr(lib, cls)
     there = ', '.join(k for k,c in METHODS.items() if hasattr(lib, c))
-    raise ValueError(f"no CAM method {method!r} in the installed pytorch-grad-cam: choose one of {there}")
+    raise InputError(f"no CAM method {method!r} in the installed pytorch-grad-cam: choose one of {there}")
 
 # %% ../nbs/06_cam.ipynb #3046a6b4
 class _Array(torch.Tensor):
@@ -255,7 +257,7 @@ def _cam_image(cam, key, x, layer, targets, acts, grads, eigen_smooth=False):
     image = cam.get_cam_image(x, layer, targets, acts, grads, eigen_smooth)
     return torch.from_numpy(np.asarray(image, dtype=np.float32)).to(x.device)
 
-# %% ../nbs/06_cam.ipynb #9b46f1c0
+# %% ../nbs/06_cam.ipynb #d4e65ebf
 class _Float32(nn.Module):
     "`net`, of any precision, with float32 at both ends"
     def __init__(self, net):
@@ -267,19 +269,19 @@ def _logits(model, x):
     out = model(x)
     if torch.is_tensor(out) and out.ndim == 2: return out.float()
     what = f'a tensor of shape {tuple(out.shape)}' if torch.is_tensor(out) else f'a {type(out).__name__}'
-    raise ValueError(f"the model gives {what}: a CAM needs logits, N×C")
+    raise InputError(f"the model gives {what}: a CAM needs logits, N×C")
 
 def _head_pass(model, x, layer, ask, needs_grad, twice=False):
     "Activations, gradients (or None), logits and targets of one pass through `layer`"
     with head_leaf(layer, needs_grad) as leaves, torch.no_grad(): logits = _logits(model, x)
     kind = f'the {type(layer).__name__} given as layer'
-    if len(leaves) != 1: raise ValueError(f"{kind} runs {len(leaves)} times in a pass: choose one that runs once")
+    if len(leaves) != 1: raise InputError(f"{kind} runs {len(leaves)} times in a pass: choose one that runs once")
     targets,score = ask(logits.detach())
     if not needs_grad: return leaves[0],None,logits,targets
     grads = None
     with torch.enable_grad():
         if logits.requires_grad: grads, = torch.autograd.grad(score(logits), leaves[0], create_graph=twice, allow_unused=True)
-    if grads is None: raise ValueError(f"the logits do not depend on {kind}: choose another")
+    if grads is None: raise InputError(f"the logits do not depend on {kind}: choose another")
     if twice and not grads.requires_grad: grads.requires_grad_() # a linear head: the second derivative is zero, not an error
     return leaves[0],grads,logits.detach(),targets
 
@@ -355,7 +357,7 @@ def scale_maps(
     m = _minmax(F.interpolate(_minmax(m)[:, None], size=size, mode='bilinear', align_corners=False)[:, 0])
     return m.masked_fill(blank[:, None, None], 0),blank
 
-# %% ../nbs/06_cam.ipynb #2f6755a2
+# %% ../nbs/06_cam.ipynb #48794b88
 class CamMaps(NamedTuple):
     "What `cam_maps` returns, on the model's device"
     maps: torch.Tensor # float32 N×H×W in [0,1]; with `raw`, signed N×h×w
@@ -363,10 +365,10 @@ class CamMaps(NamedTuple):
     blank: torch.Tensor # N booleans: the map is NaN or constant after the ReLU, so it says nothing
 
 def _images(model, xb):
-    "`xb` as `model` takes it. Raises ValueError for what is not a batch of normalised images"
-    if not torch.is_tensor(xb): raise ValueError(f"xb is a {type(xb).__name__}: pass a tensor N×C×H×W")
-    if xb.ndim != 4 or not len(xb): raise ValueError(f"xb has shape {tuple(xb.shape)}: pass N×C×H×W; for one image x, x[None]")
-    if not xb.is_floating_point(): raise ValueError(f"xb is {xb.dtype}: pass normalised images, as the model was trained on")
+    "`xb` as `model` takes it. Raises InputError for what is not a batch of normalised images"
+    if not torch.is_tensor(xb): raise InputError(f"xb is a {type(xb).__name__}: pass a tensor N×C×H×W")
+    if xb.ndim != 4 or not len(xb): raise InputError(f"xb has shape {tuple(xb.shape)}: pass N×C×H×W; for one image x, x[None]")
+    if not xb.is_floating_point(): raise InputError(f"xb is {xb.dtype}: pass normalised images, as the model was trained on")
     with torch.inference_mode(False): return _like(model, xb.clone() if xb.is_inference() else xb)
 
 def _check_options(key, cls, given):
@@ -381,14 +383,14 @@ def _check_options(key, cls, given):
 def _target_layers(model, x, key, layer, min_px):
     "(name, module) of each target layer: one, but for RefineCAM, whose 'auto' is the last stage of each size"
     if isinstance(layer, (list, tuple)) and key == 'refinecam': return [_pick_layer(model, l, x[:1], min_px) for l in layer]
-    if isinstance(layer, (list, tuple)): raise ValueError(f"{len(layer)} layers for {key}: only refinecam takes several; pass one")
+    if isinstance(layer, (list, tuple)): raise InputError(f"{len(layer)} layers for {key}: only refinecam takes several; pass one")
     if layer != 'auto': return [find_layer(model, layer)]
     last = _pick_layer(model, 'auto', x[:1], min_px)
     if key != 'refinecam': return [last]
     sizes = map_sizes(model, x[:1])
     return [find_layer(model, n) for n in {sizes[n]: n for n in stages(model, sizes, min_px)}.values()]
 
-# %% ../nbs/06_cam.ipynb #8e34e99a
+# %% ../nbs/06_cam.ipynb #ba30df98
 def cam_maps(
     model:nn.Module, # a classifier of images; compiled and data-parallel ones too
     xb:torch.Tensor, # normalised images: N×C×H×W
@@ -400,7 +402,7 @@ def cam_maps(
     min_px:int=5, # smallest side of a map that is of use: see `cam_layer`
     **kwargs, # the library's own options of the method; `batch_size` of those that run the network several times
 ) -> CamMaps: # maps, preds, blank
-    "Class activation maps. Raises ValueError for an unknown method, layer or target, and for a layer whose map is too small"
+    "Class activation maps. Raises InputError for an unknown method, layer or target, and for a layer whose map is too small"
     (key,cls),model = cam_method(method),unwrap(model)
     _check_options(key, cls, kwargs)
     x,core,base = _images(model, xb),key,cls
@@ -418,7 +420,7 @@ def cam_maps(
     if raw: maps = signed.nan_to_num(0, 0, 0)
     return CamMaps(maps, preds, blank)
 
-# %% ../nbs/06_cam.ipynb #a9d80c8f
+# %% ../nbs/06_cam.ipynb #9c306df5
 def all_cams(
     model:nn.Module, # a classifier of images
     dl:Iterable, # batches: images, or a tuple that begins with images and labels
@@ -429,7 +431,7 @@ def all_cams(
     progress:bool=True, # show a bar
     **kwargs, # as for `cam_maps`
 ) -> Iterator: # a `CamMaps` for each batch
-    "The class activation maps of a loader's images, batch by batch in bounded memory. Raises ValueError as `cam_maps` does"
+    "The class activation maps of a loader's images, batch by batch in bounded memory. Raises InputError as `cam_maps` does"
     key,one_layer = cam_method(method)[0],isinstance(layer, str) and layer == 'auto'
     for b in (progress_bar(dl, leave=False) if progress else dl):
         xb,*yb = b if isinstance(b, (tuple, list)) else [b]
