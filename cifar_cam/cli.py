@@ -24,12 +24,12 @@ from .train import save_atomically
 
 Setting = Annotated[str, {'action':'append', 'metavar':'KEY=VALUE'}]
 
-# %% ../nbs/11_cli.ipynb #772de24d
+# %% ../nbs/11_cli.ipynb #212366a7
 def demo(
     data:str='shapes', # shapes, cifar10, or the PATH of a folder or .tgz
     out:str='runs', # the folder that gets the run's folder
     seed:int=0, # the same seed on the same machine gives the same numbers
-    epochs:int=5, # passes over the training images
+    epochs:int=3, # passes over the training images
     device:str=None, # cpu, cuda, ...; the best there is by default
 ):
     "Train davidnet on ten drawn shapes, and show what it gets wrong and where it looked"

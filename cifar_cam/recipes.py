@@ -305,13 +305,13 @@ def evaluate(
                 calibration_error=calibration_error(logits.softmax(1), targets), images=len(targets),
                 class_accuracy={c: hit[targets==i].float().mean().item() for i,c in enumerate(learn.dls.vocab)})
 
-# %% ../nbs/09_recipes.ipynb #c1848401
+# %% ../nbs/09_recipes.ipynb #d76bb443
 def image_format(
     dls:DataLoaders, # what a network was trained on
 ) -> dict:
     "What another image must be made into before that network can see it: its side, the channels' mean and standard deviation"
     norm = first(t for t in dls.after_batch.fs if isinstance(t, Normalize))
-    mean,std = (o.flatten().tolist() for o in (norm.mean, norm.std))
+    mean,std = ([round(c, 4) for c in o.flatten().tolist()] for o in (norm.mean, norm.std))
     return dict(size=list(dls.valid.one_batch()[0].shape[-2:]), mean=mean, std=std)
 
 # %% ../nbs/09_recipes.ipynb #261cb98d
@@ -485,7 +485,7 @@ def load_run(
     "The run in a folder. Raises InputError where there is none"
     return Run(path)
 
-# %% ../nbs/09_recipes.ipynb #a8e5a44a
+# %% ../nbs/09_recipes.ipynb #f937e898
 def plot_curves(
     history:pd.DataFrame, # of a run
     published:pd.DataFrame=None, # from `load_published`
@@ -506,7 +506,7 @@ def plot_curves(
     axs[0,1].plot(h.epoch, h.valid_loss, c='C1', lw=2, marker='o', ms=3, label='held out' if test!='valid_accuracy' else 'test')
     axs[0,1].set(ylabel='loss')
     for ax in axs[0]: ax.legend(fontsize=8); ax.grid(alpha=.3)
-    for ax in axs[1]: ax.plot(h.epoch, h.lr, c='0.3', marker='.'); ax.set(xlabel='epoch', ylabel='LR at the end'); ax.grid(alpha=.3)
+    for ax in axs[1]: ax.plot(h.epoch, h.lr, c='0.3', marker='.'); ax.set(xlabel='epoch', ylabel='LR at the end'); ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
     fig.suptitle(title)
     return fig
 
@@ -526,15 +526,16 @@ def draw_run(
     run._save(interp.plot_images(20, 'misclassified'), 'misclassified')
     run._save(interp.plot_cams(10, 'misclassified'), 'cams')
 
-# %% ../nbs/09_recipes.ipynb #20b7c07c
+# %% ../nbs/09_recipes.ipynb #7aada604
 def seed_summary(
     accuracies:list, # test accuracy of each seed, 0..1
 ) -> dict:
     "Mean, standard deviation and Student's 95 % interval of the mean"
     a = pd.Series(accuracies, dtype=float)
-    half = student_t.ppf(.975, len(a) - 1)*a.sem() if len(a) > 1 else float('nan')
-    return dict(seeds=len(a), mean=a.mean(), std=a.std() if len(a) > 1 else None,
-                interval=[a.mean() - half, a.mean() + half] if len(a) > 1 else None)
+    half = float(student_t.ppf(.975, len(a) - 1)*a.sem())
+    mean = float(a.mean())
+    if len(a) == 1: return dict(seeds=1, mean=mean, std=None, interval=None)
+    return dict(seeds=len(a), mean=mean, std=float(a.std()), interval=[mean - half, mean + half])
 
 def run_seeds(
     recipe:str|Recipe, # a name, a TOML file or a recipe

@@ -40,7 +40,8 @@ def test_help_of_each_command_shows_its_options_and_defaults(capsys):
 
 def test_recipes_lists_them_all(capsys):
     assert main(['recipes']) == 0
-    assert all(n in capsys.readouterr().out for n in ('resnet18-plateau', '11,173,962', '91.77'))
+    out = capsys.readouterr().out
+    assert all(n in out for n in ('resnet18-plateau', '11,173,962', '91.77'))
 
 
 def test_a_training_at_the_shell_ends_with_its_folder(shapes, tmp_path):
