@@ -74,7 +74,7 @@ def _say(run):
           f"{run.chosen_on}")
     print(run.path)
 
-# %% ../nbs/11_cli.ipynb #134b55ea
+# %% ../nbs/11_cli.ipynb #e60f25d5
 def recipes():
     "List the built-in recipes"
     print(recipe_table().to_string(index=False))
@@ -88,9 +88,9 @@ def lr_find(
 ):
     "Run the LR finder of a recipe; print its pick and draw its curve"
     r = find_recipe(recipe, **_changes(set, lr='find', lr_min='find'))
-    learn = recipe_learner(r, recipe_dls(r, data, seed), seed, path=out)
-    lr_min,lr = pick_lrs(learn, r)
+    lr_min,lr = pick_lrs(recipe_learner(r, recipe_dls(r, data, seed), seed), r)
     path = Path(out)/f'{r.name}-lr_find.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
     plt.savefig(path, dpi=110, bbox_inches='tight')
     print(f'lr={lr:.4g}' + (f' lr_min={lr_min:.4g}' if lr_min else ''))
     print(path)

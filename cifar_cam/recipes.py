@@ -9,8 +9,8 @@ __all__ = ['SCHEDULES', 'AUGMENTS', 'NORMS', 'RECIPES', 'Recipe', 'check_recipe'
            'evaluate', 'image_format', 'environment', 'new_run_folder', 'tensorboard_logs', 'run_recipe', 'train_run',
            'Run', 'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds']
 
-# %% ../nbs/09_recipes.ipynb #fba3d8c1
-import json, platform, time
+# %% ../nbs/09_recipes.ipynb #43ad2427
+import json, platform, tempfile, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
-from fastai.vision.all import Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, first
+from fastai.vision.all import Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, default_device, first, replacing_yield
 from fastprogress import progress_bar
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest, t as student_t
@@ -189,7 +189,7 @@ def recipe_learner(
     cbs = [*kwargs.pop('cbs', []), *[L1Penalty(r.l1)]*bool(r.l1)]
     return cifar_learner(dls, r.arch, r.norm, r.opt, r.wd, r.label_smoothing, seed=seed, cbs=cbs, **kwargs)
 
-# %% ../nbs/09_recipes.ipynb #88a6fcf3
+# %% ../nbs/09_recipes.ipynb #dbbdf510
 def pick_lrs(
     learn:Learner, # from `recipe_learner`
     r:Recipe, # what is trained
@@ -197,7 +197,9 @@ def pick_lrs(
 ) -> tuple:
     "`(lr_min, lr)` of `r`: as it says, or found: Smith's range for a triangle, else fastai's valley"
     if r.lr!='find' and (r.schedule!='triangle' or r.lr_min!='find'): return r.lr_min, r.lr
-    found = find_lrs(learn, show_plot=show_plot) if r.schedule=='triangle' else (None, learn.lr_find(show_plot=show_plot).valley)
+    # the finder saves the network beside the learner's path while it works
+    with tempfile.TemporaryDirectory() as tmp, replacing_yield(learn, 'path', Path(tmp)):
+        found = find_lrs(learn, show_plot=show_plot) if r.schedule=='triangle' else (None, learn.lr_find(show_plot=show_plot).valley)
     return tuple(f if o=='find' else o for o,f in zip((r.lr_min, r.lr), found))
 
 def fit_recipe(
@@ -314,19 +316,26 @@ def image_format(
     mean,std = ([round(c, 4) for c in o.flatten().tolist()] for o in (norm.mean, norm.std))
     return dict(size=list(dls.valid.one_batch()[0].shape[-2:]), mean=mean, std=std)
 
-# %% ../nbs/09_recipes.ipynb #261cb98d
+# %% ../nbs/09_recipes.ipynb #18a22043
 def environment(
     data:str|Path, # as given
-    device, # the one that trains
+    device, # 'cpu', 'cuda', ...; None: fastai's default
     seed:int, # as given
 ) -> dict:
     "Versions, device, data checksum and seed of a run"
+    device = _device(device)
     cpu = next((l.split(':')[1].strip() for l in _cpuinfo() if l.startswith('model name')), platform.processor())
     gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else None
     packages = 'fastai', 'torch', 'torchvision', 'numpy', 'grad-cam', 'albumentations'
-    return dict(data=str(data), data_checksum=data_checksum(data_path(data)), seed=seed, device=gpu or cpu, threads=torch.get_num_threads(),
+    return dict(data=str(data), data_checksum=data_checksum(data_path(data)), seed=seed, device=str(device), processor=gpu or cpu, threads=torch.get_num_threads(),
                 python=platform.python_version(), system=platform.system(), cifar_cam=__version__,
                 **{p: version(p) for p in packages})
+
+def _device(name):
+    try: device = torch.device(name or default_device())
+    except RuntimeError: raise InputError(f'device {name!r}: choose cpu or cuda') from None
+    if device.type=='cuda' and not torch.cuda.is_available(): raise InputError(f'device {name!r}: there is no CUDA here; choose cpu')
+    return device
 
 def _cpuinfo():
     path = Path('/proc/cpuinfo')
@@ -360,7 +369,7 @@ def tensorboard_logs(
     except ImportError: raise InputError("TensorBoard logs need a package: pip install 'cifar_cam[tensorboard]'") from None
     return TensorBoardCallback(path, trace_model=False, log_preds=False)
 
-# %% ../nbs/09_recipes.ipynb #83753d82
+# %% ../nbs/09_recipes.ipynb #faef246f
 def run_recipe(
     recipe:str|Recipe, # a name, a TOML file or a recipe
     data:str|Path='cifar10', # 'cifar10', 'shapes', or a folder or .tgz: see `data_path`
@@ -373,7 +382,7 @@ def run_recipe(
 ) -> 'Run':
     "Train a recipe and write everything about it into a new run folder. Raises InputError before anything is written"
     r = change(recipe, **changes) if isinstance(recipe, Recipe) else find_recipe(recipe, **changes)
-    env = environment(data, torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')), seed)
+    env = environment(data, device, seed)
     path = new_run_folder(r.name, out)
     _write_json(asdict(r), path/'recipe.json')
     _write_json(dict(env, published_protocol=published_protocol, tensorboard=tensorboard), path/'env.json')
@@ -400,7 +409,7 @@ def train_run(
     if figures: draw_run(run)
     return run
 
-# %% ../nbs/09_recipes.ipynb #af3367da
+# %% ../nbs/09_recipes.ipynb #e6db8a76
 class Run:
     "A run folder: `recipe`, `env`, `history`, `metrics`, `learn`"
     def __init__(self, path:str|Path):
@@ -433,7 +442,8 @@ class Run:
 
     @cached_property
     def dls(self) -> DataLoaders:
-        return recipe_dls(self.recipe, self.env['data'], self.env['seed'], hold_out=not self.env['published_protocol'])
+        return recipe_dls(self.recipe, self.env['data'], self.env['seed'], hold_out=not self.env['published_protocol'],
+                          device=torch.device(self.env['device']))
 
     @cached_property
     def model(self) -> torch.nn.Module:

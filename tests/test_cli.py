@@ -5,6 +5,7 @@ import pytest
 
 import cifar_cam.cli as cli
 from cifar_cam.cli import COMMANDS, main
+from cifar_cam.data import image_files
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def shell(*words, **env):
     ['train', 'davidnet', '--data', 'shapes', '--epochs', '0'], ['train', 'davidnet', '--data', 'shapes', '--set', 'norm=x'],
     ['train', 'davidnet', '--epochs', 'many'], ['train', 'davidnet', '--set', 'colour=red'], ['train', 'davidnet', '--colour'],
     ['train', '--resume', 'no such run'], ['train', 'davidnet', '--data', 'shapes', '--runs', '0'], ['cam', 'no such run'], ['cam'], ['fly'], [],
-    ['lr-find', 'nope']])
+    ['lr-find', 'nope'], ['train', 'davidnet', '--data', 'shapes', '--device', 'tpu9']])
 def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(capsys, tmp_path, words):
     assert main(words) == 2
     out,err = capsys.readouterr()
@@ -44,7 +45,7 @@ def test_recipes_lists_them_all(capsys):
     assert all(n in out for n in ('resnet18-plateau', '11,173,962', '91.77'))
 
 
-def test_a_training_at_the_shell_ends_with_its_folder(shapes, tmp_path):
+def test_a_training_at_the_shell_ends_with_its_folder(shapes, tmp_path, capsys):
     done = shell('train', 'davidnet', '--data', shapes, '--epochs', 1, '--bs', 64, '--set', 'lr=.05', '--set', 'lr_min=.005', '--out', 'my runs')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
@@ -53,11 +54,18 @@ def test_a_training_at_the_shell_ends_with_its_folder(shapes, tmp_path):
     assert '\r' not in done.stdout.replace('\r█', '') and '%|' not in done.stdout and 'accuracy' in lines[-2]
     again = shell('train', '--resume', path)
     assert again.returncode == 0 and again.stdout.strip().splitlines()[-1] == str(path)
-    cam = shell('cam', path, '--k', 3, '--which', 'correct', '--method', 'layercam')
-    assert cam.returncode == 0 and Path(cam.stdout.strip().splitlines()[-1]).stat().st_size > 1000
+    assert main(['cam', str(path), '--k', '3', '--which', 'correct', '--method', 'layercam']) == 0
+    assert Path(capsys.readouterr().out.strip().splitlines()[-1]).stat().st_size > 1000
     for words,word in (['--layer', 'layer3'], 'min_px'), (['--method', 'nopecam'], 'nopecam'), (['--which', 'nice'], 'nice'):
-        bad = shell('cam', path, *words)
-        assert bad.returncode == 2 and bad.stderr.count('\n') == 1 and word in bad.stderr and 'Traceback' not in bad.stderr
+        assert main(['cam', str(path), *words]) == 2
+        err = capsys.readouterr().err
+        assert err.count('\n') == 1 and word in err
+    photo = image_files(shapes)[-1]
+    assert main(['explain', str(photo), '--run', str(path), '--out', str(tmp_path)]) == 0
+    classes,picture = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert photo.name in classes and classes.count('%') == 3 and Path(picture).stat().st_size > 1000
+    (tmp_path/'note.jpg').write_text('no picture')
+    assert main(['explain', 'note.jpg', '--run', str(path)]) == 2 and 'note.jpg' in capsys.readouterr().err
 
 
 def test_lr_find_prints_its_pick_and_draws_it(colours, tmp_path, capsys):

@@ -25,11 +25,13 @@ TINY = textwrap.dedent('''
 ''')
 
 
-@pytest.fixture(autouse=True)
-def tiny_arch(monkeypatch):
-    names = {}
-    exec(TINY, names)
-    monkeypatch.setitem(MODELS, 'tiny', names['tiny'])
+@pytest.fixture(autouse=True, scope='module')
+def tiny_arch():
+    names,mp = {},pytest.MonkeyPatch()
+    mp.setitem(MODELS, 'tiny', None)
+    exec(TINY, names)   # enters it into MODELS
+    yield
+    mp.undo()
 
 
 def tiny_recipe(**changes):
@@ -103,7 +105,7 @@ def test_the_published_protocol_is_said_wherever_its_accuracy_is(shapes, tmp_pat
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_every_recipe_runs_end_to_end(shapes, tmp_path, name):
-    run = run_recipe(name, shapes, tmp_path, epochs=1, bs=64)
+    run = run_recipe(name, shapes, tmp_path, epochs=1, bs=8)   # small batches: the LR finder takes a hundred of them
     assert all((run.path/f).stat().st_size for f in FILES) and run.path.parent == tmp_path and run.path.name.startswith(name)
     figures = {f.stem for f in (run.path/'figures').iterdir()}
     assert {'curves', 'confusion_matrix', 'class_accuracy', 'top_losses', 'misclassified', 'cams'} <= figures
@@ -159,10 +161,16 @@ torch.save = none""",
     drawing="import cifar_cam.recipes as r; r.plot_curves = lambda *a: die()")
 
 
-@pytest.mark.parametrize('moment', KILLS)
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(shapes, tmp_path, moment):
+@pytest.fixture(scope='module')
+def whole(shapes, tmp_path_factory):
+    "A run that nobody stops"
     r = tiny_recipe(epochs=3, lr='find', schedule='plateau', patience=1, keep_best=True)
-    whole = run_recipe(r, shapes, tmp_path/'whole')
+    return run_recipe(r, shapes, tmp_path_factory.mktemp('whole'))
+
+
+@pytest.mark.parametrize('moment', KILLS)
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(shapes, tmp_path, whole, moment):
+    r = whole.recipe
     script = TINY + f"""
 import os, signal
 from cifar_cam.recipes import *
