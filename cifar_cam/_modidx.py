@@ -235,6 +235,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cifar_cam.recipes._convert': ('recipes.html#_convert', 'cifar_cam/recipes.py'),
                                    'cifar_cam.recipes._cpuinfo': ('recipes.html#_cpuinfo', 'cifar_cam/recipes.py'),
                                    'cifar_cam.recipes._device': ('recipes.html#_device', 'cifar_cam/recipes.py'),
+                                   'cifar_cam.recipes._working_in_a_temporary_folder': ( 'recipes.html#_working_in_a_temporary_folder',
+                                                                                         'cifar_cam/recipes.py'),
                                    'cifar_cam.recipes._write_json': ('recipes.html#_write_json', 'cifar_cam/recipes.py'),
                                    'cifar_cam.recipes.accuracy_interval': ('recipes.html#accuracy_interval', 'cifar_cam/recipes.py'),
                                    'cifar_cam.recipes.calibration_error': ('recipes.html#calibration_error', 'cifar_cam/recipes.py'),

@@ -9,8 +9,9 @@ __all__ = ['SCHEDULES', 'AUGMENTS', 'NORMS', 'RECIPES', 'Recipe', 'check_recipe'
            'evaluate', 'image_format', 'environment', 'new_run_folder', 'tensorboard_logs', 'run_recipe', 'train_run',
            'Run', 'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds']
 
-# %% ../nbs/09_recipes.ipynb #43ad2427
+# %% ../nbs/09_recipes.ipynb #7c562070
 import json, platform, tempfile, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -24,7 +25,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
-from fastai.vision.all import Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, default_device, first, replacing_yield
+from fastai.vision.all import Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, default_device, first
 from fastprogress import progress_bar
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest, t as student_t
@@ -189,7 +190,17 @@ def recipe_learner(
     cbs = [*kwargs.pop('cbs', []), *[L1Penalty(r.l1)]*bool(r.l1)]
     return cifar_learner(dls, r.arch, r.norm, r.opt, r.wd, r.label_smoothing, seed=seed, cbs=cbs, **kwargs)
 
-# %% ../nbs/09_recipes.ipynb #dbbdf510
+# %% ../nbs/09_recipes.ipynb #b1cd9bdd
+@contextmanager
+def _working_in_a_temporary_folder(learn):
+    "The LR finder saves the network below the learner's path, and leaves a folder there"
+    path = learn.path
+    with tempfile.TemporaryDirectory() as tmp:
+        learn.path = Path(tmp)
+        try: yield
+        finally: learn.path = path
+
+# %% ../nbs/09_recipes.ipynb #333f08a5
 def pick_lrs(
     learn:Learner, # from `recipe_learner`
     r:Recipe, # what is trained
@@ -197,8 +208,7 @@ def pick_lrs(
 ) -> tuple:
     "`(lr_min, lr)` of `r`: as it says, or found: Smith's range for a triangle, else fastai's valley"
     if r.lr!='find' and (r.schedule!='triangle' or r.lr_min!='find'): return r.lr_min, r.lr
-    # the finder saves the network beside the learner's path while it works
-    with tempfile.TemporaryDirectory() as tmp, replacing_yield(learn, 'path', Path(tmp)):
+    with _working_in_a_temporary_folder(learn):
         found = find_lrs(learn, show_plot=show_plot) if r.schedule=='triangle' else (None, learn.lr_find(show_plot=show_plot).valley)
     return tuple(f if o=='find' else o for o,f in zip((r.lr_min, r.lr), found))
 
@@ -286,7 +296,7 @@ def calibration_error(
     idx = (conf*bins).ceil().long().clamp(1, bins) - 1
     return (torch.zeros(bins, dtype=torch.double).index_add_(0, idx, gap).abs().sum()/len(conf)).item()
 
-# %% ../nbs/09_recipes.ipynb #6019fa64
+# %% ../nbs/09_recipes.ipynb #49e9d147
 def accuracy_interval(
     k:int, # correctly classified images
     n:int, # images
@@ -299,6 +309,7 @@ def evaluate(
     dl, # test images
 ) -> dict:
     "Accuracy (plain, with its interval, with flip TTA, of each class), loss and calibration error on `dl`"
+    learn.model.to(memory_format=torch.contiguous_format)  # another layout sums in another order: other last bits
     logits,targets = predict(learn, dl)
     flipped,_ = predict(learn, dl, flip=True)
     hit = logits.argmax(1)==targets

@@ -125,11 +125,13 @@ def plot_update_ratios(
     axs[0,0].set_ylabel('‖step‖ / ‖weights‖')
     return fig
 
-# %% ../nbs/05_train.ipynb #3264e5ec
+# %% ../nbs/05_train.ipynb #13c806fc
 class CifarLearner(Learner):
     "A fastai `Learner` whose `fit` can begin at a later epoch"
     first_epoch = 0
     def _do_fit(self):
+        # a progress bar has to be told that it begins before it can be told where it is
+        if self.first_epoch and getattr(getattr(self, 'progress', None), 'mbar', None): self.progress.mbar.update(0)
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 

@@ -69,6 +69,6 @@ def test_a_training_at_the_shell_ends_with_its_folder(shapes, tmp_path, capsys):
 
 
 def test_lr_find_prints_its_pick_and_draws_it(colours, tmp_path, capsys):
-    assert main(['lr-find', 'davidnet', '--data', str(colours), '--set', 'bs=16', '--out', str(tmp_path)]) == 0
+    assert main(['lr-find', 'davidnet', '--data', str(colours), '--set', 'bs=8', '--out', str(tmp_path)]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-2].split()[0].startswith('lr=') and Path(lines[-1]).suffix == '.png' and Path(lines[-1]).exists()

@@ -64,6 +64,14 @@ def test_a_killed_training_goes_on_to_the_same_numbers(shapes, tmp_path, fit, op
     assert len(later) == 4 - at[0] and later == values[at[0]:]
 
 
+def test_the_progress_bar_goes_on_too(shapes, tmp_path, capsys):
+    with pytest.raises(StopAt.Dead): tiny_learner(shapes, tmp_path).fit(3, cbs=[Checkpoint(tmp_path/'c.pt'), StopAt(1, 0)])
+    capsys.readouterr()
+    tiny_learner(shapes, tmp_path).fit(3, cbs=Checkpoint(tmp_path/'c.pt'))
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip() and line.count('.') > 4]
+    assert [r for r in rows if r.isdigit()] == ['1', '2']
+
+
 def test_a_finished_training_is_not_trained_further(shapes, tmp_path):
     done,_ = quietly(tiny_learner(shapes, tmp_path), lambda l: l.fit_one_cycle(2, .02, cbs=Checkpoint(tmp_path/'c.pt')))
     again,values = quietly(tiny_learner(shapes, tmp_path), lambda l: l.fit_one_cycle(2, .02, cbs=Checkpoint(tmp_path/'c.pt')))
