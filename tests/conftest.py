@@ -1,6 +1,9 @@
 "Data sets that several tests share. Everything is drawn in a temporary folder; nothing of the user's is touched."
 import os
 
+# pytest-xdist runs two processes; with two threads each they would wait for one another's cores
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import matplotlib
 import numpy as np
 import pytest
