@@ -395,7 +395,7 @@ def plot_top_losses(self:CamInterpretation,
     if heatmap: p.bar('inferno', 0, 1, 'CAM of the prediction')
     return p.fig
 
-# %% ../nbs/07_interpret.ipynb #22be2361
+# %% ../nbs/07_interpret.ipynb #e32989a5
 def _show_difference(ax, image, diff, blank, limit):
     grey = np.asarray(Image.fromarray(image).convert('L').convert('RGB'))
     _show_cam(ax, image if blank else grey, (diff/limit + 1)/2, blank, 'RdBu_r', 0.75)
@@ -412,7 +412,7 @@ def plot_cams(self:CamInterpretation,
     idxs = self.indices(which, k)
     if not idxs: return _message(self._none(which), figsize, dpi)
     (a,blank_a),(b,blank_b) = (self.cams(idxs, t, method, layer, min_px) for t in ('predicted', 'rival'))
-    limit = max(np.abs(a - b).max(), 1e-6)
+    limit = np.abs(a - b).max().clip(0.01)
     p = Panels(len(idxs), 4, 2, _head(which, 'predicted class, its rival, difference'), 2, 1.25, plain, figsize, dpi)
     for n,(axs,image) in enumerate(zip(p.axs, self.images(idxs))):
         _show(axs[0], image)

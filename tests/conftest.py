@@ -1,5 +1,6 @@
 "Data sets that several tests share. Everything is drawn in a temporary folder; nothing of the user's is touched."
 import os
+from collections import OrderedDict
 
 # pytest-xdist runs two processes; with two threads each they would wait for one another's cores
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -13,7 +14,9 @@ matplotlib.use('Agg')
 
 import torch
 from fastai.data.external import fastai_cfg
+from torch import nn
 
+from cifar_cam.models import conv_norm
 from cifar_cam.shapes import shapes_path
 
 
@@ -44,6 +47,16 @@ def colours(tmp_path_factory):
                 noisy = (rgb + rng.normal(0, 25, (32, 32, 3))).clip(0, 255).astype('uint8')
                 Image.fromarray(noisy).save(root/split/name/f'{i}.png')
     return root
+
+
+@pytest.fixture(scope='session')
+def narrow():
+    "A network for `MODELS` whose last two stages are named and sized as ResNet18's, of few channels: a notebook's story in seconds"
+    def network(n_out=10, norm='batch'):
+        stages = {f'layer{i}': nn.Sequential(conv_norm(8, 8, norm, pool=i > 2)) for i in range(1, 5)}
+        return nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 3, stride=2, padding=1), **stages, avgpool=nn.AdaptiveAvgPool2d(1),
+                                         flatten=nn.Flatten(), fc=nn.Linear(8, n_out)))
+    return network
 
 
 @pytest.fixture(scope='session')

@@ -1,0 +1,47 @@
+"The notebooks of the published experiments, from top to bottom, on drawn images: one line of each is changed"
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+
+from cifar_cam import data
+from cifar_cam.models import MODELS
+from cifar_cam.recipes import run_recipe
+from cifar_cam.shapes import shapes_path
+
+NOTEBOOKS = sorted((Path(__file__).parents[1]/'nbs'/'experiments').glob('*.ipynb'))
+
+
+def code(notebook):
+    "The code cells of a notebook, IPython's magics replaced by `pass`"
+    cells = [c['source'] for c in json.loads(notebook.read_text())['cells'] if c['cell_type']=='code']
+    return [''.join(l.replace(l.lstrip(), 'pass\n') if l.lstrip().startswith('%') else l for l in c) for c in cells]
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+def test_an_experiment_runs_on_drawn_images_by_one_changed_line(notebook, narrow, tmp_path, tmp_path_factory, monkeypatch):
+    if notebook.stem=='resnet18-onecycle': pytest.importorskip('tensorboard')
+    home = tmp_path_factory.getbasetemp()/'fastai'
+    monkeypatch.setattr(data, 'shapes_path', lambda: shapes_path(home, n_train=600, n_test=100))
+    for arch in 'resnet18', 'davidnet': monkeypatch.setitem(MODELS, arch, narrow)
+    monkeypatch.chdir(tmp_path)
+    cells,line,names = code(notebook),"data, epochs = 'cifar10', 2",{}
+    assert ''.join(cells).count(line)==1
+    for c in cells:
+        exec(c.replace(line, "data, epochs = 'shapes', 1"), names)
+        plt.close('all')
+    run = names['run']
+    assert run.finished and run.recipe.name==notebook.stem and run.metrics['images']==100 and run.published is None
+    assert run.path.parent==Path('runs') and (run.path/'tensorboard').exists()==(notebook.stem=='resnet18-onecycle')
+
+
+def test_tensorboard_shows_the_losses_and_the_learning_rate(shapes, narrow, tmp_path, monkeypatch):
+    event_accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    monkeypatch.setitem(MODELS, 'resnet18', narrow)
+    run = run_recipe('resnet18-onecycle', shapes, tmp_path, tensorboard=True, epochs=2, lr=.01, bs=50)
+    logs = event_accumulator.EventAccumulator(str(run.path/'tensorboard')).Reload()
+    values = {tag: [e.value for e in logs.Scalars(tag)] for tag in logs.Tags()['scalars']}
+    assert len(values['train_loss'])==len(values['lr_0'])==2*len(run.dls.train)
+    assert max(values['lr_0'])==pytest.approx(.01, rel=.1)
+    assert values['valid_loss']==pytest.approx(list(run.history.valid_loss), rel=1e-4) and len(values['valid_accuracy'])==2
