@@ -216,7 +216,7 @@ def plot_confusion_matrix(self:CamInterpretation,
         ax.text(j, i, text, ha='center', va='center', fontsize=8, color='white' if dark else 'black')
     return fig
 
-# %% ../nbs/07_interpret.ipynb #3d6540f1
+# %% ../nbs/07_interpret.ipynb #d68f3aa8
 @patch
 def per_class_accuracy(self:CamInterpretation) -> dict: # class → accuracy in 0..1; NaN for a class without images
     "The share of each class's images that is classified right: its recall"
@@ -233,7 +233,9 @@ def plot_per_class_accuracy(self:CamInterpretation,
     ax = fig.add_subplot()
     names,size = fit_text([c for c,_ in acc], 1.4, largest=9)
     ax.barh(range(len(acc)), [0 if a != a else a for _,a in acc], color='#4477aa', height=0.7)
-    for i,(_,a) in enumerate(acc): ax.text(0 if a != a else a, i, ' no images' if a != a else f' {100*a:.1f} %', va='center', fontsize=8)
+    for i,(_,a) in enumerate(acc):
+        label = 'no images' if a != a else f'{100*a:.1f} %'
+        ax.text(.01 + (0 if a != a else a), i, label, va='center', fontsize=8, bbox=dict(fc='w', ec='none', pad=.5))
     mean = (self.preds == self.targs).float().mean().item()
     ax.axvline(mean, c='0.3', ls=':', lw=1)
     ax.set(xlim=(0, 1.12), xticks=np.linspace(0, 1, 6), xlabel=f'accuracy; all images: {100*mean:.2f} %', ylim=(len(acc) - 0.4, -0.6))

@@ -28,11 +28,12 @@ def has_bf16(
     if torch.device(device).type=='cuda': return torch.cuda.is_bf16_supported()
     return torch.device(device).type=='cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
-# %% ../nbs/05_train.ipynb #057fd02e
+# %% ../nbs/05_train.ipynb #7a095ec0
 class Bf16(Callback):
-    "The forward pass under bfloat16 autocast with channels-last memory, while training and validating"
+    "The forward pass under bfloat16 autocast with channels-last memory, while training and validating; `get_preds` stays float32"
     order = -10
     def _wrap(self):
+        if hasattr(self.learn, 'gather_preds'): return
         device = next(self.model.parameters()).device.type
         self._unwrap()
         self.model.to(memory_format=torch.channels_last)

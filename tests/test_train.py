@@ -108,6 +108,13 @@ def test_bf16_trains_in_bf16_keeps_float32_weights_and_leaves_nothing_behind(sha
     assert learn.get_preds()[0].dtype == torch.float32 and 'forward' not in vars(learn.model)
 
 
+def test_predictions_are_float32_whatever_the_training_was(shapes, tmp_path):
+    learn = tiny_learner(shapes, tmp_path, bf16=True)
+    x = torch.cat([b[0] for b in learn.dls.valid]).as_subclass(torch.Tensor)
+    with torch.no_grad(): expected = learn.model.eval()(x)
+    assert torch.allclose(learn.get_preds(act=lambda o: o)[0], expected, atol=1e-6)
+
+
 def test_bf16_is_near_float32(shapes, tmp_path):
     (_,a),(_,b) = (quietly(tiny_learner(shapes, tmp_path, bf16=on), lambda l: l.fit(2, .02)) for on in (True, False))
     assert abs(a[-1][0] - b[-1][0]) < .05*b[-1][0]
