@@ -39,7 +39,7 @@ from .models import MODELS, NORMS, build_model, count_parameters
 from .schedule import Plateau, find_lrs, plot_triangle
 from .train import OPTIMIZERS, Checkpoint, L1Penalty, cifar_learner, save_atomically
 
-# %% ../nbs/09_recipes.ipynb #003a4be1
+# %% ../nbs/09_recipes.ipynb #8705d533
 SCHEDULES = 'one-cycle', 'triangle', 'cosine', 'flat-cosine', 'plateau', 'constant'
 AUGMENTS = 'crop-flip-cutout', 'albumentations', 'none'
 
@@ -63,6 +63,7 @@ class Recipe:
     label_smoothing: float = 0. # share of the target spread over all classes
     augment: str = 'crop-flip-cutout' # one of `AUGMENTS`
     cutout: int = 8 # side of the Cutout hole in pixels; 0 for none
+    size: int = 32 # side in pixels that images of another size are squeezed to
     keep_best: bool = False # end with the best checkpoint instead of the last epoch
     hold_out: float = .1 # share of train to choose by, where something is chosen: see `chooses`
     published: float|None = None # accuracy of the published experiment, in percent
@@ -70,7 +71,7 @@ class Recipe:
 
     def __post_init__(self): check_recipe(self)
 
-# %% ../nbs/09_recipes.ipynb #99c47010
+# %% ../nbs/09_recipes.ipynb #0e5f84cb
 def check_recipe(
     r:Recipe, # to be checked
 ):
@@ -79,7 +80,7 @@ def check_recipe(
     for k,names in choices.items():
         if getattr(r, k) not in names: raise InputError(f'{k}={getattr(r, k)!r}: choose one of {", ".join(names)}')
     bounds = dict(epochs=(1, 10_000), bs=(2, 65_536), patience=(1, 10_000), wd=(0, 1), l1=(0, 1), label_smoothing=(0, .9),
-                  cutout=(0, 1024), factor=(.01, .99), pct_start=(.01, .99), hold_out=(.001, .9))
+                  cutout=(0, 1024), size=(32, 1024), factor=(.01, .99), pct_start=(.01, .99), hold_out=(.001, .9))
     for k,(lo,hi) in bounds.items():
         if not lo <= getattr(r, k) <= hi: raise InputError(f'{k}={getattr(r, k)}: choose between {lo} and {hi}')
     for k in 'lr', 'lr_min':
@@ -166,7 +167,7 @@ def recipe_table() -> pd.DataFrame:
         epochs=r.epochs, batch=r.bs, optimizer=r.opt, lr=r.lr, schedule=r.schedule, augment=r.augment, cutout=r.cutout,
         published=f'{r.published} {r.published_as}') for r in RECIPES.values()])
 
-# %% ../nbs/09_recipes.ipynb #840e9b79
+# %% ../nbs/09_recipes.ipynb #5e9aced6
 def recipe_dls(
     r:Recipe, # what to train
     data:str|Path='cifar10', # see `data_path`
@@ -175,9 +176,9 @@ def recipe_dls(
     **kwargs, # more for `cifar_dls`
 ) -> DataLoaders:
     "The loaders that `r` trains on: (train, held out, test) if it chooses something, else (train, test)"
-    augment = {'crop-flip-cutout': lambda: cifar_augment(r.cutout), 'albumentations': albumentations_augment, 'none': list}[r.augment]()
+    augment = {'crop-flip-cutout': lambda: cifar_augment(r.cutout), 'albumentations': lambda: albumentations_augment(r.size), 'none': list}[r.augment]()
     held = r.hold_out if hold_out and chooses(r) else 0
-    return cifar_dls(data, augment, r.bs, held, seed, **{'in_memory': r.augment!='albumentations', **kwargs})
+    return cifar_dls(data, augment, r.bs, held, seed, r.size, **{'in_memory': r.augment!='albumentations', **kwargs})
 
 def recipe_learner(
     r:Recipe, # what to train

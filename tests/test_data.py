@@ -138,10 +138,32 @@ def test_an_unreadable_image_is_named(tmp_path, shapes):
     with pytest.raises(InputError, match=bad.name): cifar_dls(root)
 
 
-def test_an_image_of_another_size_is_named_in_memory(tmp_path, shapes):
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_images_of_other_sizes_are_squeezed_whole(tmp_path, shapes, in_memory):
     root = Path(shutil.copytree(shapes, tmp_path/'s'))
-    Image.new('RGB', (40, 32)).save(image_files(root)[3])
-    with pytest.raises(InputError, match='sizes'): cifar_dls(root)
+    halves = Image.new('RGB', (80, 48), (255, 0, 0))
+    halves.paste((0, 0, 255), (40, 0, 80, 48))
+    for f in image_files(root)[:100]: halves.save(f)   # the test images
+    same = cifar_dls(shapes, in_memory=in_memory, num_workers=0).train_ds[0][0]
+    assert np.array_equal(np.asarray(same), np.asarray(Image.open(image_files(shapes)[100])))   # 32×32 stay as they are
+    for size,shape in (32, (32, 32)), ((40, 64), (40, 64)):
+        x = cifar_dls(root, size=size, in_memory=in_memory, num_workers=0, bs=16).valid.one_batch()[0]
+        assert x.shape[-2:]==shape
+        red = (x[0, 0] > x[0, 2]).float().mean(0)
+        assert red[:shape[1]//2 - 2].min()==1 and red[shape[1]//2 + 2:].max()==0   # both halves are there, left and right
+    with pytest.raises(InputError, match='size 16'): cifar_dls(root, size=16)
+
+
+def test_valid_stands_for_test_where_that_is_missing(tmp_path, shapes):
+    root = Path(shutil.copytree(shapes, tmp_path/'s'))
+    (root/'test').rename(root/'valid')
+    a,b = (cifar_dls(r, hold_out=.1, num_workers=0, bs=16) for r in (shapes, root))
+    assert [len(dl.dataset) for dl in a.loaders]==[len(dl.dataset) for dl in b.loaders]==[270, 30, 100]
+    assert [f.relative_to(root).parts[1:] for f in b.loaders[2].items]==[f.relative_to(shapes).parts[1:] for f in a.loaders[2].items]
+
+
+def test_a_batch_larger_than_the_set_is_refused(shapes):
+    with pytest.raises(InputError, match='bs=512: there are only 300'): cifar_dls(shapes, bs=512)
 
 
 def test_train_and_test_must_agree_on_the_classes(tmp_path, shapes):
