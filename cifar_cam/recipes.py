@@ -242,7 +242,7 @@ def predict(
         targets.append(y.cpu())
     return torch.cat(logits).as_subclass(torch.Tensor), torch.cat(targets).as_subclass(torch.Tensor)
 
-# %% ../nbs/09_recipes.ipynb #56109b74
+# %% ../nbs/09_recipes.ipynb #64a3f7ec
 class History(Callback):
     "Write a row of `path` after each epoch: learning rate, losses, accuracies, seconds"
     order = 68  # after the recorder and what watches it, before the checkpoint: a checkpoint's epoch has its row
@@ -254,7 +254,7 @@ class History(Callback):
         row = dict(epoch=self.epoch + 1, **{k: float(v) for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.values[-1])})
         if len(self.dls.loaders) > 2:
             logits,targets = predict(self.learn, self.dls[2])
-            row['test_accuracy'] = (logits.argmax(1)==targets).float().mean().item()
+            row['test_accuracy'] = (logits.argmax(1)==targets).double().mean().item()
         self.rows.append(dict(row, seconds=round(time.perf_counter() - self.start, 2)))
         save_atomically(lambda f: pd.DataFrame(self.rows).to_csv(f, index=False), self.path)
 
@@ -295,7 +295,7 @@ def calibration_error(
     idx = (conf*bins).ceil().long().clamp(1, bins) - 1
     return (torch.zeros(bins, dtype=torch.double).index_add_(0, idx, gap).abs().sum()/len(conf)).item()
 
-# %% ../nbs/09_recipes.ipynb #55ed41ad
+# %% ../nbs/09_recipes.ipynb #5f061185
 def accuracy_interval(
     k:int, # correctly classified images
     n:int, # images
@@ -312,10 +312,10 @@ def evaluate(
     logits,targets = predict(learn, dl)
     mirrored,_ = predict(learn, dl, mirror=True)
     hit = logits.argmax(1)==targets
-    return dict(accuracy=hit.float().mean().item(), accuracy_interval=accuracy_interval(int(hit.sum()), len(hit)),
-                accuracy_flip_tta=((logits + mirrored).argmax(1)==targets).float().mean().item(), loss=F.cross_entropy(logits, targets).item(),
+    return dict(accuracy=hit.double().mean().item(), accuracy_interval=accuracy_interval(int(hit.sum()), len(hit)),
+                accuracy_flip_tta=((logits + mirrored).argmax(1)==targets).double().mean().item(), loss=F.cross_entropy(logits, targets).item(),
                 calibration_error=calibration_error(logits.softmax(1), targets), images=len(targets),
-                class_accuracy={c: hit[targets==i].float().mean().item() for i,c in enumerate(learn.dls.vocab)})
+                class_accuracy={c: hit[targets==i].double().mean().item() for i,c in enumerate(learn.dls.vocab)})
 
 # %% ../nbs/09_recipes.ipynb #d76bb443
 def image_format(
@@ -513,7 +513,7 @@ def load_run(
     "The run in a folder. Raises InputError where there is none"
     return Run(path)
 
-# %% ../nbs/09_recipes.ipynb #f937e898
+# %% ../nbs/09_recipes.ipynb #b96d16c3
 def plot_curves(
     history:pd.DataFrame, # of a run
     published:pd.DataFrame=None, # from `load_published`
@@ -521,7 +521,7 @@ def plot_curves(
 ):
     "Accuracy and loss by epoch, the published curves behind, the learning rate beneath"
     h,percent = history,lambda o: 100*o
-    fig,axs = plt.subplots(2, 2, figsize=(11, 5.4), height_ratios=(3, 1), sharex=True, layout='constrained')
+    fig,axs = plt.subplots(2, 2, figsize=(11, 5.4), height_ratios=(3, 1), sharex='col', layout='constrained')
     test = 'test_accuracy' if 'test_accuracy' in h else 'valid_accuracy'
     if published is not None:
         axs[0,0].plot(published.epoch, published.train_accuracy, c='0.7', ls=':', label='published, train')

@@ -1,5 +1,5 @@
 "The notebooks of the published experiments, from top to bottom, on drawn images: one line of each is changed"
-import json
+import ast, json, re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,13 +10,27 @@ from cifar_cam.models import MODELS
 from cifar_cam.recipes import run_recipe
 from cifar_cam.shapes import shapes_path
 
-NOTEBOOKS = sorted((Path(__file__).parents[1]/'nbs'/'experiments').glob('*.ipynb'))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT/'nbs'/'experiments').glob('*.ipynb'))
 
 
 def code(notebook):
     "The code cells of a notebook, IPython's magics replaced by `pass`"
     cells = [c['source'] for c in json.loads(notebook.read_text())['cells'] if c['cell_type']=='code']
-    return [''.join(l.replace(l.lstrip(), 'pass\n') if l.lstrip().startswith('%') else l for l in c) for c in cells]
+    return [''.join(re.sub(r'^( *)%.*', r'\1pass', l) for l in c) for c in cells]
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS + [ROOT/'nbs'/'12_tour.ipynb'], ids=lambda p: p.stem)
+def test_a_notebook_of_calls_has_no_definition(notebook):
+    for cell in code(notebook):
+        assert not any(isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Lambda)) for n in ast.walk(ast.parse(cell)))
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+def test_an_experiment_opens_in_colab_and_installs_only_when_needed(notebook):
+    [repository] = re.findall('Repository = "https://github.com/(.*)"', (ROOT/'pyproject.toml').read_text())
+    assert f'https://colab.research.google.com/github/{repository}/blob/main/nbs/experiments/{notebook.name}' in notebook.read_text()
+    assert code(notebook)[0]=='try: import cifar_cam\nexcept ImportError:\n    pass' and '%pip install -q cifar_cam' in notebook.read_text()
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)

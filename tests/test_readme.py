@@ -21,12 +21,3 @@ def test_the_notebook_code_of_readme_runs(shapes, narrow, tmp_path, monkeypatch)
 def test_the_files_that_readme_points_to_are_there():
     for link in re.findall(r'\]\(([^)#]+)\)', (ROOT/'README.md').read_text()):
         if '://' not in link: assert (ROOT/link).exists(), link
-
-
-@pytest.mark.parametrize('notebook', sorted((ROOT/'nbs'/'experiments').glob('*.ipynb')) + [ROOT/'nbs'/'12_tour.ipynb'], ids=lambda p: p.stem)
-def test_experiment_notebooks_only_import_and_call(notebook):
-    import ast, json
-    for cell in json.loads(notebook.read_text())['cells']:
-        if cell['cell_type'] == 'code':
-            tree = ast.parse(''.join(cell['source']))
-            assert not any(isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Lambda)) for n in ast.walk(tree))
