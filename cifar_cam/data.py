@@ -213,7 +213,7 @@ def cifar_block(
                      splitter=hold_out_splitter(hold_out, seed), item_tfms=item_tfms,
                      **{'batch_tfms': [Normalize.from_stats(*stats)], **kwargs})
 
-# %% ../nbs/01_data.ipynb #838e82e6
+# %% ../nbs/01_data.ipynb #e5556722
 def read_images(
     dataset, # a fastai `Datasets` whose first pipeline opens images
 ) -> torch.Tensor:
@@ -222,6 +222,7 @@ def read_images(
     with ThreadPoolExecutor() as pool:
         files = pool.map(lambda i: np.asarray(load[i]), range(len(load)))
         files = list(progress_bar(files, total=len(load), leave=False) if len(load) > 2000 else files)
+    if not files: return torch.empty(0, 3, 0, 0, dtype=torch.uint8)  # what `Learner.export` keeps of the data
     return torch.from_numpy(np.stack(files)).permute(0, 3, 1, 2).contiguous()
 
 # %% ../nbs/01_data.ipynb #dd0bc696

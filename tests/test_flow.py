@@ -2,10 +2,11 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from fastai.learner import load_learner
 from torch import nn
 
-from cifar_cam.all import (SHAPES, CamInterpretation, Cutout, Flip, InputError, PadCrop, cam_layer, cifar_block, cifar_learner, davidnet,
-                           image_stats, resnet18, shapes_path)
+from cifar_cam.all import (SHAPES, CamInterpretation, Cutout, Flip, InputError, PadCrop, cam_layer, cifar_block, cifar_dls, cifar_learner, davidnet,
+                           image_files, image_stats, resnet18, shapes_path)
 
 
 @pytest.fixture(scope='module')
@@ -61,3 +62,18 @@ def test_the_cam_layer_is_the_deepest_that_can_say_where():
     with pytest.raises(InputError, match='4×4'): cam_layer(resnet18(), 'layer4')
     assert cam_layer(resnet18(), 'layer4', min_px=4)[0] == 'layer4'
     assert cam_layer(resnet18(), size=(64, 64))[0] == 'layer4'
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_fastais_export_and_load_learner_keep_working(tmp_path, shapes, in_memory):
+    dls = cifar_dls(shapes, [Flip(), Cutout(8)], bs=50, in_memory=in_memory, num_workers=0)
+    small = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*15*15, 10))
+    learn = cifar_learner(dls, small, path=tmp_path)
+    quietly(learn, lambda: learn.fit_one_cycle(1, .01))
+    learn.export('learner.pkl')
+    assert (tmp_path/'learner.pkl').stat().st_size < 1e6   # no images in it
+    loaded,files = load_learner(tmp_path/'learner.pkl'),image_files(shapes)[:7]
+    with learn.no_bar(), loaded.no_bar():
+        assert loaded.predict(files[0])[0]==learn.predict(files[0])[0]
+        expected = learn.get_preds(dl=learn.dls.test_dl(files))[0]
+        assert np.allclose(loaded.get_preds(dl=loaded.dls.test_dl(files))[0], expected, atol=1e-6) and len(expected)==7

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cifar_cam.data import InputError
 from cifar_cam.interpret import explain_image
 from cifar_cam.models import MODELS
-from cifar_cam.recipes import load_run, run_recipe
+from cifar_cam.recipes import load_run, push_to_hub, run_recipe
 
 CLASSES = sorted(['blå', 'dark green', "d'or", 'gray', 'red', 'violet', 'white <b>'])
 
@@ -33,3 +34,21 @@ def test_a_recipe_its_galleries_and_its_cams_take_the_folder(folder, narrow, tmp
     o = load_run(run.path)
     _,probs = explain_image(o.model, next((folder/'valid'/'red').iterdir()), vocab=list(m['class_accuracy']), stats=(m['mean'], m['std']), size=m['size'])
     assert sorted(probs)==CLASSES and sum(probs.values())==pytest.approx(1, abs=1e-4)
+
+
+def test_a_run_is_uploaded_without_what_would_be_unpickled(folder, narrow, tmp_path, monkeypatch):
+    hub = pytest.importorskip('huggingface_hub')
+    monkeypatch.setitem(MODELS, 'davidnet', narrow)
+    run = run_recipe('davidnet', folder, tmp_path, epochs=1, bs=32, lr=.05, lr_min=.005)
+    calls,sent = [],[]
+    monkeypatch.setattr(hub.HfApi, 'create_repo', lambda self, repo, **kw: calls.append((repo, kw)) or f'hub:{repo}')
+    monkeypatch.setattr(hub.HfApi, 'upload_folder', lambda self, repo_id, folder_path, allow_patterns: sent.extend(
+        hub.utils.filter_repo_objects([str(p.relative_to(folder_path)) for p in sorted(folder_path.rglob('*')) if p.is_file()], allow_patterns=allow_patterns)))
+    assert push_to_hub(run.path, 'me/net', private=True)=='hub:me/net'
+    assert calls==[('me/net', dict(private=True, exist_ok=True))]
+    assert {'README.md', 'recipe.json', 'metrics.json', 'history.csv', 'weights.safetensors', 'figures/cams.png'} <= set(sent)
+    assert not [f for f in sent if f.endswith(('.pt', '.pkl'))]
+    card = (run.path/'README.md').read_text()
+    assert f'{100*run.metrics["accuracy"]:.2f} %' in card and str(folder.parent) not in card and "d'or" in card
+    (run.path/'metrics.json').unlink()
+    with pytest.raises(InputError, match='not finished'): push_to_hub(run.path, 'me/net')
