@@ -9,4 +9,6 @@ from cifar_cam.schedule import *
 from cifar_cam.train import *
 from cifar_cam.cam import *
 from cifar_cam.interpret import *
+from cifar_cam.score import *
 from cifar_cam.recipes import *
+from cifar_cam.report import *

@@ -406,10 +406,10 @@ def run_recipe(
     _write_json(dict(env, published_protocol=published_protocol, tensorboard=tensorboard), path/'env.json')
     return train_run(path)
 
-# %% ../nbs/09_recipes.ipynb #d2f321fc
+# %% ../nbs/09_recipes.ipynb #d9a4b2c2
 def train_run(
     path:str|Path, # a run folder, finished or not
-    figures:bool=True, # draw the figures at the end
+    figures:bool=True, # draw the figures and write the report at the end
 ) -> 'Run':
     "Train what `path` says, from its last checkpoint if there is one, and write metrics, weights and figures"
     run = load_run(path)
@@ -424,7 +424,10 @@ def train_run(
         about = dict(epochs=r.epochs, chosen_on=run.chosen_on, **image_format(learn.dls))
         _write_json(dict(evaluate(learn, learn.dls[-1]), **about), path/'metrics.json')
     run = load_run(path)
-    if figures: draw_run(run)
+    if figures:
+        draw_run(run)
+        from cifar_cam.report import write_report  # imported here, because the report stands on this module
+        write_report(run)
     return run
 
 # %% ../nbs/09_recipes.ipynb #e6db8a76

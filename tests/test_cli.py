@@ -20,7 +20,7 @@ def shell(*words, **env):
 @pytest.mark.parametrize('words', [['train'], ['train', 'nope', '--data', 'shapes'], ['train', 'davidnet', '--data', 'no such folder'],
     ['train', 'davidnet', '--data', 'shapes', '--epochs', '0'], ['train', 'davidnet', '--data', 'shapes', '--set', 'norm=x'],
     ['train', 'davidnet', '--epochs', 'many'], ['train', 'davidnet', '--set', 'colour=red'], ['train', 'davidnet', '--colour'],
-    ['train', '--resume', 'no such run'], ['train', 'davidnet', '--data', 'shapes', '--runs', '0'], ['cam', 'no such run'], ['cam'], ['fly'], [],
+    ['train', '--resume', 'no such run'], ['train', 'davidnet', '--data', 'shapes', '--runs', '0'], ['cam', 'no such run'], ['cam'], ['score', 'no such run'], ['report', 'no such run'], ['report'], ['fly'], [],
     ['lr-find', 'nope'], ['train', 'davidnet', '--data', 'shapes', '--device', 'tpu9']])
 def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(capsys, tmp_path, words):
     assert main(words) == 2
@@ -60,7 +60,14 @@ def test_a_training_at_the_shell_ends_with_its_folder(shapes, tmp_path, capsys):
         assert main(['cam', str(path), *words]) == 2
         err = capsys.readouterr().err
         assert err.count('\n') == 1 and word in err
+    assert (path/'report.html').stat().st_size > 10_000
+    assert main(['score', str(path), '--n', '3', '--method', 'gradcam', '--method', 'layercam']) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1]==str(path) and {'score.json', 'figures/scorecard.png'} <= {p.relative_to(path).as_posix() for p in path.rglob('*')}
+    assert 'layercam' in (path/'report.html').read_text()   # written anew, with the scores
+    assert main(['score', str(path), '--method', 'nopecam']) == 2 and 'nopecam' in capsys.readouterr().err
+    assert main(['report', str(path), str(path), '--out', str(tmp_path/'both.html')]) == 0 and (tmp_path/'both.html').stat().st_size > 10_000
     photo = image_files(shapes)[-1]
+    capsys.readouterr()
     assert main(['explain', str(photo), '--run', str(path), '--out', str(tmp_path)]) == 0
     classes,picture = capsys.readouterr().out.strip().splitlines()[-2:]
     assert photo.name in classes and classes.count('%') == 3 and Path(picture).stat().st_size > 1000

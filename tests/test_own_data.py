@@ -31,6 +31,8 @@ def test_a_recipe_its_galleries_and_its_cams_take_the_folder(folder, narrow, tmp
     assert sorted(m['class_accuracy'])==CLASSES and m['images']==sum(5 + c for c in range(7)) and m['size']==[40, 40]
     assert run.published is None   # those curves are of CIFAR-10
     assert {f.stem for f in (run.path/'figures').iterdir()} >= {'curves', 'confusion_matrix', 'class_accuracy', 'top_losses', 'misclassified', 'cams'}
+    page = (run.path/'report.html').read_text()
+    assert 'white <b>' not in page and 'blå' in page   # names are text, not HTML
     o = load_run(run.path)
     _,probs = explain_image(o.model, next((folder/'valid'/'red').iterdir()), vocab=list(m['class_accuracy']), stats=(m['mean'], m['std']), size=m['size'])
     assert sorted(probs)==CLASSES and sum(probs.values())==pytest.approx(1, abs=1e-4)
