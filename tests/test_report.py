@@ -493,3 +493,17 @@ def test_a_run_that_diverged_has_a_report(runs, visit, tmp_path):
     (run.path/'metrics.json').write_text(json.dumps(dict(run.metrics, **evaluate(run.learn, run.dls[-1]))))
     page = visit(write_report(run.path))
     assert 'nan' not in page.inner_html('#curves svg >> nth=0') and 'nan' not in page.inner_html('#classes svg >> nth=0') and len(tiles(page)) == 60
+
+
+def test_three_runs_are_compared_two_by_two(runs, visit, tmp_path):
+    third = train(runs['a'].env['data'], tmp_path, epochs=1, seed=3)
+    page = visit(compare_runs([runs['a'], runs['b'], third], tmp_path/'three.html'))
+    hits = [(o.interp.preds==o.interp.targs).numpy() for o in (runs['a'], runs['b'], third)]
+    table = page.eval_on_selector_all('#gallery table.loose tbody tr', "rs => rs.map(r => [...r.querySelectorAll('td')].map(d => d.textContent))")
+    for i,j in (0, 1), (0, 2), (1, 2), (2, 1):
+        page.select_option('[data-filter=a]', str(i))
+        page.select_option('[data-filter=b]', str(j))
+        if page.input_value('[data-filter=a]') != str(i): page.select_option('[data-filter=a]', str(i))
+        want = np.flatnonzero(hits[i] & ~hits[j])
+        assert sorted(tiles(page)) == list(want[:60]) and table[i][j] == str(len(want))
+    assert page.locator('#table tbody tr').count() == 3 and {'tiny #1', 'worse', 'tiny #2'} == set(page.locator('#settings thead th').all_inner_texts()[1:])
