@@ -70,14 +70,14 @@ def check_folder(
         raise InputError(f'{path}: the class {odd[0]} is in only one of train/ and {test}/')
     return path
 
-# %% ../nbs/01_data.ipynb #9ed00619
+# %% ../nbs/01_data.ipynb #cafde66b
 def data_checksum(
     path:Path, # a folder with train/ and test/
 ) -> str:
     "SHA-256 over the names and the contents of all images, so that a result can say what it was made from"
     digest = hashlib.sha256()
     for f in image_files(path):
-        digest.update(f'{f.relative_to(path).as_posix()}\n'.encode())
+        digest.update(os.fsencode(f.relative_to(path).as_posix()) + b'\n')
         digest.update(f.read_bytes())
     return digest.hexdigest()
 

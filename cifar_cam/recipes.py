@@ -430,7 +430,7 @@ def train_run(
         write_report(run)
     return run
 
-# %% ../nbs/09_recipes.ipynb #e6db8a76
+# %% ../nbs/09_recipes.ipynb #30e3df3e
 class Run:
     "A run folder: `recipe`, `env`, `history`, `metrics`, `learn`"
     def __init__(self, path:str|Path):
@@ -484,6 +484,7 @@ class Run:
     @cached_property
     def interp(self) -> CamInterpretation:
         "Predictions on the test images, ready for galleries"
+        self.learn.model.to(memory_format=torch.contiguous_format)  # as in `evaluate`
         return CamInterpretation.from_learner(self.learn, ds_idx=len(self.dls.loaders) - 1)
 
     @property

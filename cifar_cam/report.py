@@ -339,9 +339,9 @@ def _score_text(s):
     if not s or s.get('mean') is None: return '–'
     return f"{s['mean']:.2f}" + (f" ({s['low']:.2f} to {s['high']:.2f})" if s.get('low') is not None else '')
 
-# %% ../nbs/10_report.ipynb #00c730dd
+# %% ../nbs/10_report.ipynb #5896eec6
 def _as_run(run):
-    run = run if isinstance(run, Run) else load_run(run)
+    run = load_run(run) if isinstance(run, (str, Path)) else run
     run.model # says so if the training is not finished
     return run
 
