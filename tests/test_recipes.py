@@ -105,7 +105,8 @@ def test_the_published_protocol_is_said_wherever_its_accuracy_is(shapes, tmp_pat
 # --- a run
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_every_recipe_runs_end_to_end(tmp_path, name):
+def test_every_recipe_runs_end_to_end(tmp_path, narrow, monkeypatch, name):
+    monkeypatch.setitem(MODELS, 'resnet18', narrow)   # davidnet is small enough as it is
     few = shapes_path(tmp_path, n_train=120, n_test=100)
     run = run_recipe(name, few, tmp_path, epochs=1, bs=8)   # small batches: the LR finder takes a hundred of them
     assert all((run.path/f).stat().st_size for f in FILES) and run.path.parent == tmp_path and run.path.name.startswith(name)
