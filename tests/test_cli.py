@@ -6,6 +6,7 @@ import pytest
 import cifar_cam.cli as cli
 from cifar_cam.cli import COMMANDS, main
 from cifar_cam.data import image_files
+from cifar_cam.shapes import shapes_path
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +46,9 @@ def test_recipes_lists_them_all(capsys):
     assert all(n in out for n in ('resnet18-plateau', '11,173,962', '91.77'))
 
 
-def test_a_training_at_the_shell_ends_with_its_folder(shapes, tmp_path, capsys):
-    done = shell('train', 'davidnet', '--data', shapes, '--epochs', 1, '--bs', 64, '--set', 'lr=.05', '--set', 'lr_min=.005', '--out', 'my runs')
+def test_a_training_at_the_shell_ends_with_its_folder(tmp_path_factory, tmp_path, capsys):
+    shapes = shapes_path(tmp_path_factory.mktemp('few'), n_train=100, n_test=20)
+    done = shell('train', 'davidnet', '--data', shapes, '--epochs', 1, '--bs', 10, '--set', 'lr=.05', '--set', 'lr_min=.005', '--out', 'my runs')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
     path = tmp_path/lines[-1]

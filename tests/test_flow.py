@@ -11,9 +11,9 @@ from cifar_cam.all import (SHAPES, CamInterpretation, Cutout, Flip, InputError, 
 
 @pytest.fixture(scope='module')
 def dls(tmp_path_factory):
-    path = shapes_path(tmp_path_factory.mktemp('flow'), n_train=100, n_test=50)
+    path = shapes_path(tmp_path_factory.mktemp('flow'), n_train=50, n_test=20)
     block = cifar_block(item_tfms=[PadCrop(4), Flip(), Cutout(16)], stats=image_stats(path))
-    return block.dataloaders(path, path=path, bs=50, num_workers=0)
+    return block.dataloaders(path, path=path, bs=25, num_workers=0)
 
 
 def quietly(learn, fit):
@@ -47,7 +47,7 @@ def test_from_images_to_cams_of_mistakes(dls, tmp_path):
     assert losses[-1] < losses[0]
 
     interp = CamInterpretation.from_learner(learn)
-    assert len(interp.preds) == 50 and interp.confusion_matrix().sum() == 50
+    assert len(interp.preds) == 20 and interp.confusion_matrix().sum() == 20
     wrong = (interp.preds != interp.targs).sum().item()
     assert wrong == sum(n for _,_,n in interp.most_confused()) and set(interp.per_class_accuracy()) == set(SHAPES)
     for which in 'misclassified', 'correct', 'top_losses':
