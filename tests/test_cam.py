@@ -45,14 +45,6 @@ def colour_net():
     return net
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "The networks here are tiny: threads cost more than they give"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
 @pytest.fixture
 def model(): return tiny()
 

@@ -21,15 +21,6 @@ from cifar_cam.score import (Scorecard, bootstrap_interval, cascade, cell_shares
 from cifar_cam.train import cifar_learner
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "The networks here are tiny: threads cost more than they give"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def block(i, o, stride): return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())
 
 def tiny(n=4):
