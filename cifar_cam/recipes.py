@@ -206,10 +206,11 @@ def pick_lrs(
     r:Recipe, # what is trained
     show_plot:bool=True, # draw the finder's curve
 ) -> tuple:
-    "`(lr_min, lr)` of `r`: as it says, or found: Smith's range for a triangle, else fastai's valley"
+    "`(lr_min, lr)` of `r`: as it says, or found: Smith's range where the rate climbs to a peak, else fastai's valley"
     if r.lr!='find' and (r.schedule!='triangle' or r.lr_min!='find'): return r.lr_min, r.lr
     with _working_in_a_temporary_folder(learn):
-        found = find_lrs(learn, show_plot=show_plot) if r.schedule=='triangle' else (None, learn.lr_find(show_plot=show_plot).valley)
+        if r.schedule in ('plateau', 'constant'): found = None,learn.lr_find(show_plot=show_plot).valley
+        else: found = find_lrs(learn, show_plot=show_plot)
     return tuple(f if o=='find' else o for o,f in zip((r.lr_min, r.lr), found))
 
 def fit_recipe(
