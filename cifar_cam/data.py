@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CIFAR10', 'image_counts', 'check_cifar', 'test_name', 'check_folder', 'data_checksum', 'sha256', 'unpack',
            'cifar_path', 'data_path', 'NamedImage', 'image_files', 'Squeeze', 'hold_out_splitter', 'image_stats',
-           'cifar_block', 'read_images', 'MemoryDL', 'cifar_dls']
+           'cifar_block', 'save_atomically', 'read_images', 'fingerprint', 'cached_images', 'MemoryImages', 'MemoryDL',
+           'cifar_dls']
 
-# %% ../nbs/01_data.ipynb #faead2b4
-import hashlib, os, shutil, tarfile, tempfile, zlib
+# %% ../nbs/01_data.ipynb #3322d10e
+import hashlib, os, shutil, tarfile, tempfile, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_path, untar_data
 from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, Image, ImageBlock, L, Normalize, PILImage, Pipeline, TensorCategory,
-                               TensorImage, TfmdDL, Transform, chunked, cifar_stats, get_image_files, ndarray, parent_label)
+                               TensorImage, TfmdDL, TfmdLists, Transform, chunked, cifar_stats, get_image_files, ndarray, parent_label)
 from fastprogress import progress_bar
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from sklearn.model_selection import train_test_split
 
 from .shapes import InputError, shapes_path
@@ -213,38 +216,111 @@ def cifar_block(
                      splitter=hold_out_splitter(hold_out, seed), item_tfms=item_tfms,
                      **{'batch_tfms': [Normalize.from_stats(*stats)], **kwargs})
 
-# %% ../nbs/01_data.ipynb #e5556722
-def read_images(
-    dataset, # a fastai `Datasets` whose first pipeline opens images
-) -> torch.Tensor:
-    "All images of `dataset` as one uint8 tensor N×3×H×W"
-    load = dataset.tls[0]
-    with ThreadPoolExecutor() as pool:
-        files = pool.map(lambda i: np.asarray(load[i]), range(len(load)))
-        files = list(progress_bar(files, total=len(load), leave=False) if len(load) > 2000 else files)
-    if not files: return torch.empty(0, 3, 0, 0, dtype=torch.uint8)  # what `Learner.export` keeps of the data
-    return torch.from_numpy(np.stack(files)).permute(0, 3, 1, 2).contiguous()
+# %% ../nbs/01_data.ipynb #368e9325
+def save_atomically(
+    write, # writes the file it is given
+    path:Path, # where the file is to be
+):
+    "Call `write` on a temporary file beside `path`, then rename it: `path` is the old file or the new one, never half of it"
+    tmp = Path(path).with_name(f'.{Path(path).name}.{os.getpid()}')
+    try:
+        write(tmp)
+        with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/01_data.ipynb #dd0bc696
+# %% ../nbs/01_data.ipynb #1c308c43
+def read_images(
+    load, # a sequence that opens an image when it is indexed
+) -> torch.Tensor:
+    "All images of `load` as one uint8 tensor N×3×H×W"
+    if not len(load): return torch.empty(0, 3, 0, 0, dtype=torch.uint8)  # what `Learner.export` keeps of the data
+    first = np.asarray(load[0])
+    images = torch.empty(len(load), 3, *first.shape[:2], dtype=torch.uint8)
+    def read(i): images[i] = torch.from_numpy(np.array(load[i])).permute(2, 0, 1)
+    with ThreadPoolExecutor() as pool:
+        done = pool.map(read, range(len(load)))
+        for _ in progress_bar(done, total=len(load), leave=False) if len(load) > 2000 else done: pass
+    return images
+
+# %% ../nbs/01_data.ipynb #7b909c1a
+def fingerprint(
+    path:Path, # a folder with train/ and test/
+) -> str:
+    "SHA-256 over name, size and time of change of each image: notices a changed folder without opening the files"
+    digest = hashlib.sha256()
+    for f in image_files(path):
+        stat = f.stat()
+        digest.update(os.fsencode(f.relative_to(path).as_posix()) + f'\0{stat.st_size} {stat.st_mtime_ns}\n'.encode())
+    return digest.hexdigest()
+
+# %% ../nbs/01_data.ipynb #91e06a0f
+def cached_images(
+    path:Path, # a folder with train/ and test/
+    size:int|tuple=32, # see `Squeeze`
+) -> torch.Tensor:
+    "The images of `image_files(path)` as one uint8 tensor N×3×H×W: decoded the first time, then mapped from a file in fastai's data folder"
+    sides = 'x'.join(map(str, (size, size) if isinstance(size, int) else size))
+    file = fastai_path('data')/'cifar_cam-cache'/f'{hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:16]}-{sides}.safetensors'
+    now = fingerprint(path)
+    try:
+        with safe_open(file, 'pt') as f: about,images = f.metadata(),f.get_tensor('images')
+        if about==dict(fingerprint=now, checksum=_checksum(images)): return images
+    except (OSError, SafetensorError): pass  # there is none yet, or it is damaged
+    images = read_images(TfmdLists(image_files(path), [NamedImage.create, Squeeze(size)]))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(lambda f: save_file(dict(images=images), f, dict(fingerprint=now, checksum=_checksum(images))), file)
+    except (OSError, SafetensorError) as e: warnings.warn(f'{file}: could not be written ({e}); the images will be decoded again next time')
+    return images
+
+def _checksum(images): return f'{zlib.crc32(images.numpy().reshape(-1)):08x}'
+
+# %% ../nbs/01_data.ipynb #801ff739
+class MemoryImages:
+    "Images as one uint8 tensor N×3×H×W, and the row of each file"
+    def __init__(self,
+        images:torch.Tensor, # N×3×H×W
+        files:list, # N paths
+    ): self.images,self.row = images,{f: i for i,f in enumerate(files)}
+
+    @classmethod
+    def from_folder(cls, path:Path, size:int|tuple=32):
+        "All images of a data set: by `cached_images`, except for small ones, which are read in a moment"
+        files = image_files(path)
+        return cls(cached_images(path, size) if len(files) > 5000 else read_images(TfmdLists(files, [NamedImage.create, Squeeze(size)])), files)
+
+    def to(self, device) -> torch.Tensor:
+        "The images on `device`; a second loader that asks gets the same tensor"
+        self.images = self.images.to(device)
+        return self.images
+
+# %% ../nbs/01_data.ipynb #5607f48d
 class MemoryDL(TfmdDL):
     "A `TfmdDL` over images that are read once and kept on `device` as uint8"
-    def __init__(self, dataset, images:torch.Tensor=None, targets:torch.Tensor=None, **kwargs):
+    epoch = 0
+    def __init__(self, dataset, memory:MemoryImages=None, rows:torch.Tensor=None, targets:torch.Tensor=None, **kwargs):
         super().__init__(dataset, **{**kwargs, 'num_workers': 0})
-        self.images = (read_images(dataset) if images is None else images).to(self.device)
+        items = list(getattr(dataset, 'items', ()))
+        if rows is None and memory is not None and items and all(isinstance(o, Path) and o in memory.row for o in items):
+            rows = torch.tensor([memory.row[o] for o in items])
+        if rows is None: memory,rows = MemoryImages(read_images(dataset.tls[0]), []),torch.arange(len(dataset))
         if targets is None and len(dataset.tls) > 1: targets = torch.tensor([int(y) for y in dataset.tls[1]])
-        self.targets = targets if targets is None else targets.to(self.device)
+        self.memory,self.rows,self.targets = memory,rows.to(self.device),targets if targets is None else targets.to(self.device)
 
     def create_batches(self, samps):
+        images = self.memory.to(self.device)
         for idxs in chunked(samps, self.bs, self.drop_last):
             i = torch.tensor(idxs, device=self.device)
-            x = TensorImage(self.images[i])
+            x = TensorImage(images[self.rows[i]])
+            x.rows,x.epoch = self.rows[i],self.epoch
             yield (x,) if self.targets is None else (x, TensorCategory(self.targets[i]))
 
     def new(self, dataset=None, cls=None, **kwargs):
-        if dataset is None or dataset is self.dataset: kwargs = dict(images=self.images, targets=self.targets, **kwargs)
-        return super().new(dataset, cls, **kwargs)
+        same = dict(rows=self.rows, targets=self.targets) if dataset is None or dataset is self.dataset else {}
+        return super().new(dataset, cls, **{'memory': self.memory, **same, **kwargs})
 
-# %% ../nbs/01_data.ipynb #70f64aa1
+# %% ../nbs/01_data.ipynb #63e54694
 def cifar_dls(
     data:str|Path='cifar10', # 'cifar10', 'shapes', or a folder or .tgz: see `data_path`
     item_tfms:list=None, # transforms of training images: `cifar_augment(cutout=8)`, say
@@ -259,6 +335,7 @@ def cifar_dls(
     path = data_path(data)
     norm = Normalize.from_stats(*(stats := image_stats(path, size)))
     tfms = dict(batch_tfms=[*(item_tfms or []), norm], dl_type=MemoryDL) if in_memory else dict(item_tfms=item_tfms)
+    if in_memory: kwargs['memory'] = MemoryImages.from_folder(path, size)
     block = cifar_block(hold_out=hold_out, seed=seed, stats=stats, size=size, **tfms)
     dls = block.dataloaders(path, path=path, bs=bs, val_bs=4*bs, **kwargs)
     if not len(dls.train): raise InputError(f'bs={bs}: there are only {dls.train.n:,} images to train on; choose a smaller batch')

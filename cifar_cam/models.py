@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'MODELS', 'norm_layer', 'cifar_resnet', 'resnet18', 'resnet34', 'count_parameters', 'conv_norm', 'Scale',
-           'Residual', 'davidnet', 'layer_table', 'plot_network', 'build_model']
+           'Residual', 'davidnet', 'Whiten', 'conv_group', 'speednet', 'layer_table', 'plot_network', 'build_model']
 
 # %% ../nbs/03_models.ipynb #be3153cd
 from collections import OrderedDict
@@ -101,6 +101,56 @@ def davidnet(
         layer3=nn.Sequential(conv_norm(256, 512, norm, pool=True), Residual(512, norm)),
         pool=nn.AdaptiveMaxPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(512, n_out), scale=Scale(1/8)))
 
+# %% ../nbs/03_models.ipynb #8de20978
+class Whiten(nn.Conv2d):
+    "2×2 patches of 3 channels → 24 uncorrelated channels and their negatives, by `fit`; only the bias is trained"
+    def __init__(self):
+        super().__init__(3, 24, 2)
+        self.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def fit(self,
+        images:torch.Tensor, # N×3×H×W, normalised as the network will see them; some thousands are enough
+        eps:float=5e-4, # added to each variance, so that directions which hardly vary are not blown up
+    ):
+        "Set the weights to the eigenvectors of the covariance of all 2×2 patches"
+        patches = nn.functional.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12)
+        variance,vectors = torch.linalg.eigh(patches.T @ patches/len(patches))
+        white = (vectors/(variance + eps).sqrt()).T.reshape(12, 3, 2, 2)
+        self.weight.copy_(torch.cat([white, -white]))
+
+# %% ../nbs/03_models.ipynb #bddfe2de
+def _identity(conv):
+    nn.init.dirac_(conv.weight.data[:conv.in_channels])
+    return conv
+
+def _quick_norm(norm, c):
+    layer = norm_layer(norm)(c)
+    layer.weight.requires_grad_(False)
+    if norm=='batch': layer.momentum = .4
+    return layer
+
+def conv_group(
+    c_in:int, # channels in
+    c_out:int, # channels out
+    norm:str='batch', # normalisation: see `norm_layer`
+) -> nn.Sequential:
+    "Convolution → max-pool → norm → GELU → convolution → norm → GELU"
+    conv1,conv2 = (_identity(nn.Conv2d(c, c_out, 3, padding=1, bias=False)) for c in (c_in, c_out))
+    return nn.Sequential(conv1, nn.MaxPool2d(2), _quick_norm(norm, c_out), nn.GELU(), conv2, _quick_norm(norm, c_out), nn.GELU())
+
+def speednet(
+    n_out:int=10, # classes
+    norm:str='batch', # normalisation: see `norm_layer`
+) -> nn.Sequential:
+    "Whitening 24; groups of 64, 256 and 256; max-pool; linear: 1,971,352 trained parameters for 10 classes (Jordan 2024)"
+    model = nn.Sequential(OrderedDict(
+        whiten=Whiten(), act=nn.GELU(), group1=conv_group(24, 64, norm), group2=conv_group(64, 256, norm), group3=conv_group(256, 256, norm),
+        pool=nn.AdaptiveMaxPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(256, n_out, bias=False), scale=Scale(1/9)))
+    # The small logits make small gradients, most of all for biases. `Muon` multiplies its learning rate by these.
+    for p in model.parameters(): p.lr_scale = {1: 440., 2: 7.}.get(p.ndim, 1.)
+    return model
+
 # %% ../nbs/03_models.ipynb #cdd11eb5
 def layer_table(
     model:nn.Module, # any network of images
@@ -140,8 +190,8 @@ def plot_network(
     ax.axis('off')
     return fig
 
-# %% ../nbs/03_models.ipynb #4338b94e
-MODELS = dict(resnet18=resnet18, resnet34=resnet34, davidnet=davidnet)
+# %% ../nbs/03_models.ipynb #c21a4b92
+MODELS = dict(resnet18=resnet18, resnet34=resnet34, davidnet=davidnet, speednet=speednet)
 
 def build_model(
     arch:str, # a key of `MODELS`

@@ -25,23 +25,23 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
-from fastai.vision.all import Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, default_device, first
+from fastai.vision.all import Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, SchedLin, default_device, first
 from fastprogress import progress_bar
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest, t as student_t
 from torch.nn import functional as F
 
 from . import __version__
-from .augment import albumentations_augment, cifar_augment
+from .augment import TTA, AlternatingFlip, Cutout, PadCrop, albumentations_augment, cifar_augment
 from .data import CIFAR10, InputError, cifar_dls, data_checksum, data_path
 from .interpret import CamInterpretation
 from .models import MODELS, NORMS, build_model, count_parameters
 from .schedule import Plateau, find_lrs, plot_triangle
-from .train import OPTIMIZERS, Checkpoint, L1Penalty, cifar_learner, save_atomically
+from .train import OPTIMIZERS, Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, cifar_learner, save_atomically
 
 # %% ../nbs/09_recipes.ipynb #8705d533
-SCHEDULES = 'one-cycle', 'triangle', 'cosine', 'flat-cosine', 'plateau', 'constant'
-AUGMENTS = 'crop-flip-cutout', 'albumentations', 'none'
+SCHEDULES = 'one-cycle', 'triangle', 'linear', 'cosine', 'flat-cosine', 'plateau', 'constant'
+AUGMENTS = 'crop-flip-cutout', 'alternating', 'albumentations', 'none'
 
 @dataclass(frozen=True)
 class Recipe:
@@ -64,6 +64,8 @@ class Recipe:
     augment: str = 'crop-flip-cutout' # one of `AUGMENTS`
     cutout: int = 8 # side of the Cutout hole in pixels; 0 for none
     size: int = 32 # side in pixels that images of another size are squeezed to
+    resize: str = '' # sides that training images are shrunk to, each for an equal share of the epochs: '20,24,32'
+    tta: str = 'flip' # what the test images' logits are averaged over: a key of `TTA`
     keep_best: bool = False # end with the best checkpoint instead of the last epoch
     hold_out: float = .1 # share of train to choose by, where something is chosen: see `chooses`
     published: float|None = None # accuracy of the published experiment, in percent
@@ -76,13 +78,14 @@ def check_recipe(
     r:Recipe, # to be checked
 ):
     "Raises InputError for the first field of `r` that cannot be"
-    choices = dict(arch=MODELS, norm=NORMS, opt=OPTIMIZERS, schedule=SCHEDULES, augment=AUGMENTS)
+    choices = dict(arch=MODELS, norm=NORMS, opt=OPTIMIZERS, schedule=SCHEDULES, augment=AUGMENTS, tta=TTA)
     for k,names in choices.items():
         if getattr(r, k) not in names: raise InputError(f'{k}={getattr(r, k)!r}: choose one of {", ".join(names)}')
     bounds = dict(epochs=(1, 10_000), bs=(2, 65_536), patience=(1, 10_000), wd=(0, 1), l1=(0, 1), label_smoothing=(0, .9),
                   cutout=(0, 1024), size=(32, 1024), factor=(.01, .99), pct_start=(.01, .99), hold_out=(.001, .9))
     for k,(lo,hi) in bounds.items():
         if not lo <= getattr(r, k) <= hi: raise InputError(f'{k}={getattr(r, k)}: choose between {lo} and {hi}')
+    if any(not s.strip().isdigit() or not 8 <= int(s) <= 1024 for s in r.resize.split(',') if r.resize): raise InputError(f"resize={r.resize!r}: name sides from 8 to 1024, such as '20,24,32'")
     for k in 'lr', 'lr_min':
         v = getattr(r, k)
         if v!='find' and (isinstance(v, str) or not 0 < v <= 1000): raise InputError(f"{k}={v}: choose 'find' or a number up to 1000")
@@ -106,7 +109,9 @@ RECIPES = {r.name: r for r in (
            published=91.77, published_as='best of 50, a ResNet18'),
     Recipe('resnet18-albumentations', epochs=50, bs=64, lr=.01, schedule='plateau', augment='albumentations',
            published=90.26, published_as='at 50'),
-    Recipe('resnet18-layernorm', norm='layer', epochs=40, bs=256, opt='adam', published=86.11, published_as='at 40'))}
+    Recipe('resnet18-layernorm', norm='layer', epochs=40, bs=256, opt='adam', published=86.11, published_as='at 40'),
+    Recipe('speedrun', 'speednet', epochs=8, bs=2000, opt='muon', lr=.24, schedule='linear', wd=.11, label_smoothing=.2,
+           augment='alternating', cutout=0, resize='16,20,20,24,24,28,32,32', tta='flip-translate'))}
 
 def find_recipe(
     name:str, # a key of `RECIPES`, or a TOML file
@@ -165,7 +170,7 @@ def recipe_table() -> pd.DataFrame:
     return pd.DataFrame([dict(
         recipe=r.name, network=f'{r.arch}, {r.norm} norm', parameters=f'{count_parameters(build_model(r.arch, norm=r.norm)):,}',
         epochs=r.epochs, batch=r.bs, optimizer=r.opt, lr=r.lr, schedule=r.schedule, augment=r.augment, cutout=r.cutout,
-        published=f'{r.published} {r.published_as}') for r in RECIPES.values()])
+        published=f'{r.published} {r.published_as}' if r.published else '—') for r in RECIPES.values()])
 
 # %% ../nbs/09_recipes.ipynb #5e9aced6
 def recipe_dls(
@@ -176,7 +181,8 @@ def recipe_dls(
     **kwargs, # more for `cifar_dls`
 ) -> DataLoaders:
     "The loaders that `r` trains on: (train, held out, test) if it chooses something, else (train, test)"
-    augment = {'crop-flip-cutout': lambda: cifar_augment(r.cutout), 'albumentations': lambda: albumentations_augment(r.size), 'none': list}[r.augment]()
+    augment = {'crop-flip-cutout': lambda: cifar_augment(r.cutout), 'alternating': lambda: [AlternatingFlip(), PadCrop(2)] + [Cutout(r.cutout)]*bool(r.cutout),
+               'albumentations': lambda: albumentations_augment(r.size), 'none': list}[r.augment]()
     held = r.hold_out if hold_out and chooses(r) else 0
     return cifar_dls(data, augment, r.bs, held, seed, r.size, **{'in_memory': r.augment!='albumentations', **kwargs})
 
@@ -187,7 +193,8 @@ def recipe_learner(
     **kwargs, # more for `cifar_learner`
 ) -> Learner:
     "The `Learner` of `r`"
-    cbs = [*kwargs.pop('cbs', []), *[L1Penalty(r.l1)]*bool(r.l1)]
+    cbs = [*kwargs.pop('cbs', []), *[L1Penalty(r.l1)]*bool(r.l1), *[FreezeWhitening()]*(r.arch=='speednet')]
+    if r.resize: cbs.append(ProgressiveResize([int(s) for s in r.resize.split(',')]))
     return cifar_learner(dls, r.arch, r.norm, r.opt, r.wd, r.label_smoothing, seed=seed, cbs=cbs, **kwargs)
 
 # %% ../nbs/09_recipes.ipynb #b1cd9bdd
@@ -224,6 +231,7 @@ def fit_recipe(
     if   r.schedule=='one-cycle':   learn.fit_one_cycle(n, lr, pct_start=r.pct_start, cbs=cbs)
     elif r.schedule=='triangle':    learn.fit_triangle(n, lr_min, lr, peak=r.pct_start*n, cbs=cbs)
     elif r.schedule=='flat-cosine': learn.fit_flat_cos(n, lr, pct_start=r.pct_start, cbs=cbs)
+    elif r.schedule=='linear':      learn.fit(n, lr, cbs=[ParamScheduler({'lr': SchedLin(lr, 0)}), *cbs])
     elif r.schedule=='cosine':      learn.fit(n, lr, cbs=[ParamScheduler({'lr': SchedCos(lr, 0)}), *cbs])
     elif r.schedule=='plateau':     learn.fit(n, lr, cbs=[Plateau(r.factor, r.patience), *cbs])
     else:                           learn.fit(n, lr, cbs=cbs)
@@ -233,13 +241,13 @@ def fit_recipe(
 def predict(
     learn:Learner, # its network predicts, in float32
     dl, # loader of images and targets
-    mirror:bool=False, # of the mirrored images
+    view=None, # batch → the same images seen otherwise: see `TTA`
 ) -> tuple:
     "Logits and targets of all images of `dl`, on the CPU"
     logits,targets = [],[]
     learn.model.eval()
     for x,y in progress_bar(dl, leave=False):
-        logits.append(learn.model(x.flip(-1) if mirror else x).float().cpu())
+        logits.append(learn.model(view(x) if view else x).float().cpu())
         targets.append(y.cpu())
     return torch.cat(logits).as_subclass(torch.Tensor), torch.cat(targets).as_subclass(torch.Tensor)
 
@@ -307,14 +315,17 @@ def accuracy_interval(
 def evaluate(
     learn:Learner, # a trained network
     dl, # test images
+    tta:str='flip', # views whose logits are averaged: a key of `TTA`
 ) -> dict:
-    "Accuracy (plain, with its interval, with flip TTA, of each class), loss and calibration error on `dl`"
+    "Accuracy (plain, with its interval, with flip TTA, with all views of `tta`, of each class), loss and calibration error on `dl`"
     learn.model.to(memory_format=torch.contiguous_format)  # another layout sums in another order: other last bits
-    logits,targets = predict(learn, dl)
-    mirrored,_ = predict(learn, dl, mirror=True)
+    seen = [predict(learn, dl, view) for view,_ in TTA[tta]]
+    (logits,targets),(mirrored,_) = seen[:2]
     hit = logits.argmax(1)==targets
+    averaged = sum(weight*l for (_,weight),(l,_) in zip(TTA[tta], seen)).argmax(1)==targets
     return dict(accuracy=hit.double().mean().item(), accuracy_interval=accuracy_interval(int(hit.sum()), len(hit)),
-                accuracy_flip_tta=((logits + mirrored).argmax(1)==targets).double().mean().item(), loss=F.cross_entropy(logits, targets).item(),
+                accuracy_flip_tta=((logits + mirrored).argmax(1)==targets).double().mean().item(), accuracy_tta=averaged.double().mean().item(), tta=tta,
+                loss=F.cross_entropy(logits, targets).item(),
                 calibration_error=calibration_error(logits.softmax(1), targets), images=len(targets),
                 class_accuracy={c: hit[targets==i].double().mean().item() for i,c in enumerate(learn.dls.vocab)})
 
@@ -423,7 +434,7 @@ def train_run(
         if r.keep_best: load_weights(learn.model, path/'best.safetensors')
         save_atomically(lambda f: save_weights(learn.model, f), path/'weights.safetensors')
         about = dict(epochs=r.epochs, chosen_on=run.chosen_on, **image_format(learn.dls))
-        _write_json(dict(evaluate(learn, learn.dls[-1]), **about), path/'metrics.json')
+        _write_json(dict(evaluate(learn, learn.dls[-1], r.tta), **about), path/'metrics.json')
     run = load_run(path)
     if figures:
         draw_run(run)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'has_bf16', 'Bf16', 'SeedEpochs', 'LogLR', 'L1Penalty', 'StopOnNaN', 'UpdateRatio', 'plot_update_ratios',
-           'CifarLearner', 'save_atomically', 'Checkpoint', 'opt_func', 'cifar_learner']
+           'CifarLearner', 'Checkpoint', 'orthogonalize', 'Muon', 'ProgressiveResize', 'FreezeWhitening', 'opt_func',
+           'cifar_learner']
 
-# %% ../nbs/05_train.ipynb #ec8e6109
+# %% ../nbs/05_train.ipynb #3db3858b
 import os, random
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch
 from fastai.vision.all import (Callback, CancelEpochException, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, Recorder,
                                accuracy, partial)
 from torch import nn, optim
+from torch.nn import functional as F
 
-from .data import InputError
+from .data import InputError, save_atomically
 from .models import build_model
 
 # %% ../nbs/05_train.ipynb #742478b8
@@ -44,7 +46,7 @@ class Bf16(Callback):
     before_train = before_validate = _wrap
     after_train = after_validate = after_fit = after_cancel_fit = _unwrap
 
-# %% ../nbs/05_train.ipynb #dbb9bc7e
+# %% ../nbs/05_train.ipynb #b874a779
 class SeedEpochs(Callback):
     "Seed Python, NumPy, PyTorch and the order of the images anew at the start of each epoch"
     order = -20
@@ -54,7 +56,7 @@ class SeedEpochs(Callback):
     def before_train(self):
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(4)
         random.seed(int(state[0])); np.random.seed(state[1]); torch.manual_seed(int(state[2]))
-        self.dls.train.rng = random.Random(int(state[3]))
+        self.dls.train.rng,self.dls.train.epoch = random.Random(int(state[3])),self.epoch
 
 # %% ../nbs/05_train.ipynb #9a6b4855
 class LogLR(Callback):
@@ -136,19 +138,6 @@ class CifarLearner(Learner):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-# %% ../nbs/05_train.ipynb #368e9325
-def save_atomically(
-    write, # writes the file it is given
-    path:Path, # where the file is to be
-):
-    "Call `write` on a temporary file beside `path`, then rename it: `path` is the old file or the new one, never half of it"
-    tmp = Path(path).with_name(f'.{Path(path).name}.{os.getpid()}')
-    try:
-        write(tmp)
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-
 # %% ../nbs/05_train.ipynb #f56cb163
 def _plain(o):
     "NumPy numbers, which schedules leave in the optimizer, as Python's: a checkpoint is loaded without unpickling objects"
@@ -186,10 +175,68 @@ class Checkpoint(Callback):
 
     def after_fit(self): self.learn.first_epoch = 0
 
-# %% ../nbs/05_train.ipynb #c6123497
+# %% ../nbs/05_train.ipynb #faa61aaa
+def orthogonalize(
+    g:torch.Tensor, # a matrix
+    steps:int=3, # applications of the polynomial
+) -> torch.Tensor:
+    "A matrix with the singular vectors of `g` and singular values of about 1, in bfloat16 (Newton-Schulz with the coefficients of Jordan 2024)"
+    tall = g.shape[0] > g.shape[1]
+    x = (g.mT if tall else g).bfloat16()
+    x = x/(x.norm() + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = 3.4445*x + (-4.7750*s + 2.0315*s @ s) @ x
+    return x.mT if tall else x
+
+# %% ../nbs/05_train.ipynb #99d4e267
+class Muon(optim.Optimizer):
+    "Muon for convolutions, Nesterov SGD for matrices and vectors (Jordan 2024); for networks whose convolutions are normalised"
+    def __init__(self, params,
+        lr:float=.24, # of the convolutions
+        momentum:float=.6, # of the convolutions
+        weight_decay:float=0., # of all others, times the learning rate, as in AdamW
+        other_momentum:float=.85, # of all others
+    ): super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, other_momentum=other_momentum))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr = group['lr']
+            for p in group['params']:
+                if p.grad is None: continue
+                conv = p.ndim > 2
+                momentum = group['momentum' if conv else 'other_momentum']
+                buffer = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+                buffer.mul_(momentum).add_(p.grad)
+                step = p.grad.add(buffer, alpha=momentum)
+                if conv:
+                    p.mul_(len(p)**.5/p.norm())
+                    p.add_(orthogonalize(step.flatten(1)).view_as(p), alpha=-lr)
+                else: p.mul_(1 - lr*group['weight_decay']).add_(step, alpha=-lr*getattr(p, 'lr_scale', 1))
+
+# %% ../nbs/05_train.ipynb #9fad1f21
+class ProgressiveResize(Callback):
+    "Shrink the training images to `sizes`, each for an equal share of the epochs"
+    run_valid = False
+    def __init__(self,
+        sizes:list, # sides in pixels, the last one usually the full size
+    ): self.sizes = list(sizes)
+    def before_batch(self):
+        size = self.sizes[int(self.epoch*len(self.sizes)/self.n_epoch)]
+        if size < self.x.shape[-1] and not hasattr(self.learn, 'lr_finder'):
+            self.learn.xb = (F.interpolate(self.x.as_subclass(torch.Tensor), size=(size, size), mode='bilinear', antialias=True),)
+
+class FreezeWhitening(Callback):
+    "Train the bias of the whitening layer in the first epochs alone: it has moved where it wants to be, and the way back to it costs"
+    run_valid = False
+    def __init__(self, share:float=3/8): self.share = share
+    def before_train(self): self.model.whiten.bias.requires_grad_(self.epoch < self.share*self.n_epoch)
+
+# %% ../nbs/05_train.ipynb #cb33e2be
 OPTIMIZERS = dict(
     sgd=partial(optim.SGD, momentum=0.9), nesterov=partial(optim.SGD, momentum=0.9, nesterov=True),
-    adam=optim.Adam, adamw=optim.AdamW, rmsprop=optim.RMSprop)
+    adam=optim.Adam, adamw=optim.AdamW, rmsprop=optim.RMSprop, muon=Muon)
 
 def opt_func(
     name:str='nesterov', # a key of `OPTIMIZERS`
@@ -198,7 +245,13 @@ def opt_func(
     if name not in OPTIMIZERS: raise InputError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     return partial(OptimWrapper, opt=OPTIMIZERS[name])
 
-# %% ../nbs/05_train.ipynb #fc64a2ff
+# %% ../nbs/05_train.ipynb #596c8c10
+def _plain_images(dls, n):
+    "About `n` training images of all classes, normalised but not augmented"
+    items = dls.train_ds.items[::max(1, len(dls.train_ds)//n)]
+    return dls.test_dl(items, bs=len(items)).one_batch()[0].as_subclass(torch.Tensor).cpu()
+
+# %% ../nbs/05_train.ipynb #442fc575
 def cifar_learner(
     dls:DataLoaders, # from `cifar_dls`
     arch:str|nn.Module='davidnet', # a name of `MODELS`, or any network
@@ -215,6 +268,7 @@ def cifar_learner(
     "A `Learner` that trains `arch` on `dls` and measures accuracy on both the training and the validation images"
     torch.manual_seed(seed)
     model = build_model(arch, len(dls.vocab), norm) if isinstance(arch, str) else arch
+    if hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))
     if bf16 is None: bf16 = has_bf16(dls.device)
     learn = CifarLearner(dls, model, loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), opt_func=opt_func(opt), wd=wd,
                          metrics=accuracy, path=path, cbs=[SeedEpochs(seed), StopOnNaN(), LogLR(), *[Bf16()]*bf16, *cbs], **kwargs)

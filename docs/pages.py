@@ -121,7 +121,7 @@ def recipe_pages(notebooks):
     settings = [k for k in next(iter(found.values())) if k not in ('name', 'published', 'published_as')]
     value = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v).lower() if isinstance(v, bool) else v
     rows = [[f'`{k}`', *(value(r[k]) for r in found.values())] for k in settings]
-    rows.append(['published, %', *(f"{r['published']} {r['published_as']}" for r in found.values())])
+    rows.append(['published, %', *(f"{r['published']} {r['published_as']}" if r['published'] else '—' for r in found.values())])
     return '\n\n'.join(parts), table(['', *found], rows), pictures
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from fastai.vision.all import PILImage, Pipeline, TensorImage
 
-from cifar_cam.augment import Albumentations, Cutout, Flip, PadCrop, albumentations_augment, cifar_augment
-from cifar_cam.data import InputError
+from cifar_cam.augment import TTA, Albumentations, AlternatingFlip, Cutout, Flip, PadCrop, albumentations_augment, cifar_augment
+from cifar_cam.data import InputError, cifar_dls
 
 
 @pytest.fixture
@@ -100,3 +100,46 @@ def test_albumentations_gets_and_gives_numpy_and_repeats_with_the_seed(img):
         random.seed(seed)
         return [np.array(tfm(img, split_idx=0)).tobytes() for _ in range(10)]
     assert ten(1) == ten(1) != ten(2) and len(set(ten(1))) > 5
+
+
+# --- flips in turn, views
+
+def test_alternating_flips_show_each_image_both_ways_in_any_two_epochs():
+    x,flipped = TensorImage(torch.rand(4000, 3, 4, 4)),[]
+    for epoch in 0, 1, 2:
+        x.rows,x.epoch = torch.arange(4000),epoch
+        out = AlternatingFlip()(x, split_idx=0)
+        mirrored = (out == x.flip(-1)).flatten(1).all(1)
+        assert ((out == x).flatten(1).all(1) ^ mirrored).all()
+        flipped.append(mirrored)
+    assert (flipped[0] ^ flipped[1]).all() and torch.equal(flipped[0], flipped[2])
+    share = flipped[0].float().view(40, 100).mean(1)   # half of the images, wherever one looks
+    assert .45 < share.mean() < .55 and share.min() > .2 and share.max() < .8
+
+
+def in_order(dl):
+    "All images of an epoch, in the order of the files"
+    dl.shuffle = False
+    return dl.one_batch()[0]
+
+
+def test_alternating_flips_reach_the_loaders(shapes):
+    dls = cifar_dls(shapes, [AlternatingFlip()], bs=300)
+    epochs = []
+    for epoch in 0, 1:
+        dls.train.epoch = epoch
+        epochs.append(in_order(dls.train))
+    plain = in_order(cifar_dls(shapes, bs=300).train)
+    straight = [(e == plain).flatten(1).all(1) for e in epochs]
+    assert (straight[0] ^ straight[1]).all()
+
+
+def test_views_are_the_image_its_mirror_image_and_both_moved(img):
+    x = batch_of(img, 1).float()
+    views = [(v(x) if v else x, w) for v,w in TTA['flip-translate']]
+    assert [w for _,w in views] == [2, 2, 1, 1, 1, 1] and len({v.numpy().tobytes() for v,_ in views}) == 6
+    padded = np.pad(np.array(img), ((1,1),(1,1),(0,0)), mode='reflect').transpose(2, 0, 1)
+    for i,d in (2, 0), (3, 2):
+        np.testing.assert_array_equal(views[i][0][0].numpy(), padded[:, d:d+32, d:d+32])
+        mirror = padded[:, :, ::-1]
+        np.testing.assert_array_equal(views[i+2][0][0].numpy(), mirror[:, d:d+32, d:d+32])

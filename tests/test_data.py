@@ -1,14 +1,15 @@
-import io, shutil, tarfile
+import hashlib, io, os, shutil, tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fastai.data.external import fastai_path
 from PIL import Image
 
 import cifar_cam.data as data
 from cifar_cam.augment import Cutout, cifar_augment
-from cifar_cam.data import (CIFAR10, InputError, MemoryDL, check_cifar, cifar_dls, cifar_path, data_checksum, data_path,
+from cifar_cam.data import (CIFAR10, InputError, MemoryDL, cached_images, check_cifar, cifar_dls, cifar_path, data_checksum, data_path,
                             hold_out_splitter, image_files, unpack)
 
 
@@ -230,6 +231,70 @@ def test_the_checksum_notices_a_changed_pixel_and_a_changed_label(tmp_path, shap
     assert moved != before
     Image.new('RGB', (32, 32)).save(image_files(root)[0])
     assert data_checksum(root) not in (before, moved)
+
+
+# --- the cache of decoded images
+
+@pytest.fixture
+def cached(tmp_path, shapes):
+    "A copy of the shapes that may be spoilt, its images decoded once, and the file that keeps them"
+    root = Path(shutil.copytree(shapes, tmp_path/'s'))
+    images = cached_images(root)
+    return root,images,one_cache(root)
+
+
+def one_cache(root): return [f for f in (fastai_path('data')/'cifar_cam-cache').iterdir() if f.name.startswith(hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16])]
+
+
+def no_decoding(monkeypatch): monkeypatch.setattr('cifar_cam.data.read_images', lambda *_: pytest.fail('decoded again'))
+
+
+def test_images_are_decoded_once_and_in_the_order_of_the_files(cached, monkeypatch):
+    root,images,files = cached
+    assert images.shape == (400, 3, 32, 32) and images.dtype == torch.uint8 and len(files) == 1
+    for i in 0, 123, 399: assert (images[i].permute(1, 2, 0).numpy() == np.asarray(Image.open(image_files(root)[i]))).all()
+    no_decoding(monkeypatch)
+    assert torch.equal(cached_images(root), images)
+
+
+@pytest.mark.parametrize('change', ['pixels', 'more', 'moved'])
+def test_a_changed_folder_is_noticed(cached, change):
+    root,images,files = cached
+    f = image_files(root)[0]
+    if change == 'pixels': Image.new('RGB', (32, 32), (9, 9, 9)).save(f)
+    if change == 'more': shutil.copy(f, f.with_name('again.png'))
+    if change == 'moved': f.rename(f.parent.parent/'star'/'moved.png')
+    again = cached_images(root)
+    assert again.shape != images.shape or not torch.equal(again, images)
+    assert one_cache(root) == files and torch.equal(cached_images(root), again)
+
+
+@pytest.mark.parametrize('damage', [lambda b: b[:-100], lambda b: b'', lambda b: b[:-5000] + b'X' + b[-4999:], lambda b: b'\x80\x04' + b, lambda b: b'not a cache at all'])
+def test_a_damaged_cache_is_noticed(cached, damage, monkeypatch):
+    root,images,(file,) = cached
+    file.write_bytes(damage(file.read_bytes()))
+    assert torch.equal(cached_images(root), images)
+    no_decoding(monkeypatch)   # a whole one is there again
+    assert torch.equal(cached_images(root), images)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_lost(shapes, tmp_path, monkeypatch):
+    def full(tensors, file, metadata):
+        Path(file).write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('cifar_cam.data.save_file', full)
+    root = Path(shutil.copytree(shapes, tmp_path/'s'))
+    with pytest.warns(UserWarning, match='No space left'): images = cached_images(root)
+    assert images.shape == (400, 3, 32, 32) and not one_cache(root)
+    assert not [f for f in (fastai_path('data')/'cifar_cam-cache').iterdir() if f.name.startswith('.')]
+
+
+def test_the_loaders_of_a_set_share_one_block_of_memory(shapes):
+    dls = cifar_dls(shapes, bs=32, hold_out=50)
+    test = dls.test_dl(image_files(shapes)[:7], with_labels=True)
+    assert len({dl.memory.images.data_ptr() for dl in (*dls.loaders, test, dls.train.new())}) == 1
+    rows = torch.cat([dl.rows for dl in dls.loaders])
+    assert sorted(rows.tolist()) == list(range(400))
 
 
 @pytest.mark.real

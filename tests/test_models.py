@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from cifar_cam.data import InputError
-from cifar_cam.models import MODELS, build_model, count_parameters, davidnet, layer_table, resnet18, resnet34
+from cifar_cam.models import MODELS, build_model, count_parameters, davidnet, layer_table, resnet18, resnet34, speednet, Whiten
 
 
-@pytest.mark.parametrize('build, n', [(resnet18, 11_173_962), (resnet34, 21_282_122), (davidnet, 6_573_130)])
+@pytest.mark.parametrize('build, n', [(resnet18, 11_173_962), (resnet34, 21_282_122), (davidnet, 6_573_130), (speednet, 1_971_352)])
 def test_parameters_are_the_published_ones(build, n): assert count_parameters(build()) == n
 
 
@@ -17,7 +17,7 @@ def test_every_network_takes_every_size_and_trains(arch, norm, size):
     out = model(torch.randn(2, 3, size, size))
     assert out.shape == (2, 7)
     out.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_layer_norm_does_not_mix_images_and_batch_norm_does():
@@ -42,3 +42,22 @@ def test_the_layer_table_counts_every_parameter_and_leaves_the_network_alone():
     assert table.output.iloc[0] == (64, 32, 32) and table.output.iloc[-1] == (10,)
     assert model.training and all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_whitening_leaves_patches_uncorrelated_and_of_unit_variance():
+    torch.manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.randn(200, 3, 9, 9), 32, mode='bicubic')
+    layer = Whiten()
+    layer.fit(smooth, eps=0)
+    with torch.no_grad(): out = layer(smooth) - layer.bias[:, None, None]
+    flat = out[:, :12].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(flat @ flat.T/flat.shape[1], torch.eye(12), atol=2e-3, rtol=0)
+    torch.testing.assert_close(out[:, 12:], -out[:, :12])
+
+
+def test_speednet_begins_as_an_identity_and_keeps_its_whitening():
+    model = speednet()
+    x = torch.randn(2, 24, 8, 8)
+    torch.testing.assert_close(model.group1[0](x)[:, :24], x)
+    kept = {n for n,p in model.named_parameters() if not p.requires_grad}
+    assert kept == {'whiten.weight'} | {f'group{i}.{j}.weight' for i in (1, 2, 3) for j in (2, 5)}

@@ -80,6 +80,7 @@ def test_the_table_has_a_row_for_each_published_experiment():
     table = recipe_table()
     assert list(table.recipe) == list(RECIPES) and '11,173,962' in table.parameters.values and '6,573,130' in table.parameters.values
     for r in RECIPES.values():
+        if r.published is None: continue
         curve = load_published(r.name).test_accuracy
         assert r.published == (curve.max() if 'best' in r.published_as else curve.iloc[-1])
 

@@ -7,7 +7,7 @@ from cifar_cam.augment import cifar_augment
 from cifar_cam.data import InputError, cifar_dls
 from cifar_cam.schedule import Plateau
 from cifar_cam.train import (OPTIMIZERS, Bf16, Checkpoint, L1Penalty, SeedEpochs, StopOnNaN, UpdateRatio, cifar_learner, has_bf16,
-                             plot_update_ratios, save_atomically)
+                             plot_update_ratios, save_atomically, Muon, orthogonalize, ProgressiveResize, FreezeWhitening)
 
 
 def tiny_net():
@@ -169,13 +169,13 @@ def test_update_ratios_are_the_steps_over_the_weights(shapes, tmp_path):
 def test_every_optimizer_learns_and_takes_a_schedule(colours, tmp_path, opt):
     dls = cifar_dls(colours, bs=32)
     learn = cifar_learner(dls, tiny_net(), opt=opt, path=tmp_path, bf16=False)
-    _,values = quietly(learn, lambda l: l.fit_one_cycle(4, .05 if 'sgd' in opt or opt=='nesterov' else .005))
+    _,values = quietly(learn, lambda l: l.fit_one_cycle(4, .05 if opt in ('sgd', 'nesterov', 'muon') else .005))
     accuracy = learn.recorder.metric_names.index('valid_accuracy') - 1
     assert values[-1][accuracy] > .9 and values[-1][0] < values[0][0]
 
 
 def test_an_unknown_optimizer_lists_the_known(shapes, tmp_path):
-    with pytest.raises(InputError, match='sgd, nesterov, adam, adamw, rmsprop'): tiny_learner(shapes, tmp_path, opt='lion')
+    with pytest.raises(InputError, match='sgd, nesterov, adam, adamw, rmsprop, muon'): tiny_learner(shapes, tmp_path, opt='lion')
 
 
 def test_the_learning_rate_is_in_the_log_of_a_training_and_nowhere_else(shapes, tmp_path):
@@ -186,3 +186,66 @@ def test_the_learning_rate_is_in_the_log_of_a_training_and_nowhere_else(shapes, 
     assert names == ['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy', 'lr', 'time']
     assert [row[names.index('lr')] for row in lines] == [learn.recorder.lrs[8], learn.recorder.lrs[-1]]
     assert len(learn.validate()) == 2
+
+
+# --- Muon
+
+@pytest.mark.parametrize('shape', [(16, 40), (40, 16), (20, 20)])
+def test_orthogonalize_is_torchs_newton_schulz(shape):
+    from torch.optim._muon import _zeropower_via_newtonschulz as reference
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for steps in 3, 5:
+        torch.testing.assert_close(orthogonalize(g, steps).float(), reference(g, (3.4445, -4.7750, 2.0315), steps, 1e-7).float(), atol=.05, rtol=0)   # bfloat16
+    u,s,v = torch.linalg.svd(orthogonalize(g, 5).float())
+    assert s.min() > .6 and s.max() < 1.3
+
+
+def test_muon_keeps_the_length_of_kernels_and_steps_alike_in_all_directions():
+    torch.manual_seed(0)
+    kernel,bias = torch.nn.Parameter(torch.randn(8, 4, 3, 3)),torch.nn.Parameter(torch.ones(8))
+    bias.lr_scale = 3.
+    kernel.grad,bias.grad = torch.randn_like(kernel),torch.ones(8)
+    start = kernel.detach()*8**.5/kernel.detach().norm()
+    Muon([kernel, bias], lr=.1, momentum=.5, weight_decay=.2, other_momentum=.8).step()
+    s = torch.linalg.svdvals((kernel.detach() - start).flatten(1))/.1
+    assert s.min() > .3 and s.max() < 1.4   # three applications of the polynomial
+    torch.testing.assert_close(bias.detach(), torch.full((8,), 1 - .1*.2 - .1*3*(1 + .8)))
+
+
+def test_muon_on_a_matrix_is_nesterov_sgd():
+    torch.manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(5, 4)); b = torch.nn.Parameter(a.detach().clone())
+    ours,torchs = Muon([a], lr=.1, other_momentum=.9),torch.optim.SGD([b], lr=.1, momentum=.9, nesterov=True)
+    for _ in range(4):
+        a.grad = torch.randn_like(a); b.grad = a.grad.clone()
+        ours.step(); torchs.step()
+    torch.testing.assert_close(a, b)
+
+
+# --- the speed run's callbacks
+
+def test_training_images_grow_and_validation_images_are_whole(shapes, tmp_path):
+    seen = {True: [], False: []}
+    class Sizes(Callback):
+        order = 100
+        def before_batch(self): seen[self.training].append((self.epoch, self.x.shape[-1]))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    learn = cifar_learner(cifar_dls(shapes, bs=100), net, path=tmp_path, bf16=False, cbs=[ProgressiveResize([16, 24, 32]), Sizes()])
+    quietly(learn, lambda l: l.fit(4, .01))
+    assert dict(seen[True]) == {0: 16, 1: 16, 2: 24, 3: 32} and {s for _,s in seen[False]} == {32}
+
+
+def test_speednet_whitens_by_its_own_data_and_stops_training_that_layer(shapes, tmp_path):
+    dls = cifar_dls(shapes, bs=60)
+    learn = cifar_learner(dls, 'speednet', opt='muon', wd=.1, path=tmp_path, bf16=False, cbs=[FreezeWhitening(1/2)])
+    white = learn.model.whiten
+    x = torch.cat([b[0] for b in dls.train.new(shuffle=False, drop_last=False)])
+    with torch.no_grad(): out = (white(x) - white.bias[:, None, None])[:, :12].transpose(0, 1).flatten(1)
+    cov = out @ out.T/out.shape[1]
+    assert (cov - torch.diag(cov.diag())).abs().max() < .05 and .9 < cov.diag()[-6:].min() <= cov.diag().max() < 1.1
+    before = white.weight.clone(); biases = []
+    class Note(Callback):
+        def after_epoch(self): biases.append(white.bias.detach().clone())
+    quietly(learn, lambda l: l.fit(4, .05, cbs=Note()))
+    assert torch.equal(white.weight, before)
+    assert not torch.equal(biases[0], biases[1]) and torch.equal(biases[1], biases[3])
