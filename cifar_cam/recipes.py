@@ -32,7 +32,7 @@ from scipy.stats import binomtest, t as student_t
 from torch.nn import functional as F
 
 from . import __version__
-from .augment import TTA, AlternatingFlip, Cutout, PadCrop, albumentations_augment, cifar_augment
+from .augment import TTA, AlternatingFlip, albumentations_augment, cifar_augment
 from .data import CIFAR10, InputError, cifar_dls, data_checksum, data_path
 from .interpret import CamInterpretation
 from .models import MODELS, NORMS, build_model, count_parameters
@@ -181,7 +181,7 @@ def recipe_dls(
     **kwargs, # more for `cifar_dls`
 ) -> DataLoaders:
     "The loaders that `r` trains on: (train, held out, test) if it chooses something, else (train, test)"
-    augment = {'crop-flip-cutout': lambda: cifar_augment(r.cutout), 'alternating': lambda: [AlternatingFlip(), PadCrop(2)] + [Cutout(r.cutout)]*bool(r.cutout),
+    augment = {'crop-flip-cutout': lambda: cifar_augment(r.cutout), 'alternating': lambda: [AlternatingFlip(), *cifar_augment(r.cutout, pad=2, flip=False)],
                'albumentations': lambda: albumentations_augment(r.size), 'none': list}[r.augment]()
     held = r.hold_out if hold_out and chooses(r) else 0
     return cifar_dls(data, augment, r.bs, held, seed, r.size, **{'in_memory': r.augment!='albumentations', **kwargs})

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'has_bf16', 'Bf16', 'SeedEpochs', 'LogLR', 'L1Penalty', 'StopOnNaN', 'UpdateRatio', 'plot_update_ratios',
-           'CifarLearner', 'Checkpoint', 'orthogonalize', 'Muon', 'ProgressiveResize', 'FreezeWhitening', 'opt_func',
+           'CifarLearner', 'CrossEntropy', 'DeviceLoss', 'DeviceSmoothLoss', 'Accuracy', 'LightRecorder',
+           'LightProgress', 'Checkpoint', 'orthogonalize', 'Muon', 'ProgressiveResize', 'FreezeWhitening', 'opt_func',
            'cifar_learner']
 
-# %% ../nbs/05_train.ipynb #3db3858b
+# %% ../nbs/05_train.ipynb #4f1f6a88
 import os, random
+from time import perf_counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from fastai.vision.all import (Callback, CancelEpochException, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, Recorder,
-                               accuracy, partial)
+from fastai.vision.all import (AvgLoss, AvgSmoothLoss, Callback, CancelEpochException, CastToTensor, CrossEntropyLossFlat, DataLoaders, Learner, Metric, OptimWrapper,
+                               ProgressCallback, Recorder, TrainEvalCallback, partial)
 from torch import nn, optim
 from torch.nn import functional as F
 
@@ -128,15 +130,88 @@ def plot_update_ratios(
     axs[0,0].set_ylabel('‖step‖ / ‖weights‖')
     return fig
 
-# %% ../nbs/05_train.ipynb #13c806fc
+# %% ../nbs/05_train.ipynb #cfc7dbbf
 class CifarLearner(Learner):
-    "A fastai `Learner` whose `fit` can begin at a later epoch"
-    first_epoch = 0
+    "A fastai `Learner` that calls only the callbacks which wait for an event, and whose `fit` can begin at a later epoch"
+    first_epoch,_asked,_waiting = 0,None,{}
+    def __call__(self, event_name): self._call_one(event_name) if isinstance(event_name, str) else super().__call__(event_name)
+    def _call_one(self, event_name):
+        if event_name=='after_fit':  # where fastai switches all callbacks on again
+            self._asked,self._waiting = None,{}
+            return super()._call_one(event_name)
+        now = [id(cb) for cb in self.cbs]
+        if now!=self._asked: self._asked,self._waiting = now,{}
+        if event_name not in self._waiting: self._waiting[event_name] = self.ordered_cbs(event_name)
+        for cb in self._waiting[event_name]: cb(event_name)
+
     def _do_fit(self):
         # a progress bar has to be told that it begins before it can be told where it is
         if self.first_epoch and getattr(getattr(self, 'progress', None), 'mbar', None): self.progress.mbar.update(0)
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+# %% ../nbs/05_train.ipynb #e0e3d19f
+class CrossEntropy(CrossEntropyLossFlat):
+    "fastai's `CrossEntropyLossFlat` for one prediction an image, on plain tensors"
+    def __call__(self, inp, targ, **kwargs): return self.func(inp.as_subclass(torch.Tensor), targ.as_subclass(torch.Tensor), **kwargs)
+
+# %% ../nbs/05_train.ipynb #a7cbc2bf
+class DeviceLoss(AvgLoss):
+    "`AvgLoss` that stays on the device"
+    def accumulate(self, learn):
+        n = len(learn.yb[0])
+        self.total,self.count = self.total + learn.loss.detach().mean()*n,self.count + n
+
+class DeviceSmoothLoss(AvgSmoothLoss):
+    "`AvgSmoothLoss` that stays on the device"
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().mean().as_subclass(torch.Tensor)
+        self.val = torch.lerp(loss, self.val.to(loss).as_subclass(torch.Tensor), self.beta)
+
+class Accuracy(Metric):
+    "Share of images whose highest logit is that of the target; counted on the device"
+    name = 'accuracy'
+    def reset(self): self.hits,self.count = 0,0
+    def accumulate(self, learn):
+        y = learn.yb[0]
+        self.hits,self.count = self.hits + (learn.pred.detach().argmax(1)==y).sum(),self.count + len(y)
+    @property
+    def value(self): return int(self.hits)/self.count if self.count else None
+
+# %% ../nbs/05_train.ipynb #87ee887f
+class LightRecorder(Recorder):
+    "fastai's `Recorder` with measures that stay on the device"
+    name = 'recorder'
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.loss,self.smooth_loss = DeviceLoss(),DeviceSmoothLoss()
+    def before_train(self):
+        super().before_train()
+        self.now = list(self._train_mets)
+    def before_validate(self):
+        super().before_validate()
+        self.now = list(self._valid_mets)
+    def after_batch(self):
+        if not len(self.yb): return
+        for m in self.now: m.accumulate(self.learn)
+        if not self.training: return
+        self.lrs.append(self.opt.hypers[-1]['lr'])
+        self.losses.append(self.smooth_loss.value)
+        self.learn.smooth_loss = self.losses[-1]
+    def after_train(self):
+        super().after_train()
+        self.losses = [o.cpu() for o in self.losses]
+
+class LightProgress(ProgressCallback):
+    "fastai's progress bar, which reads the loss four times a second instead of at each step"
+    name = 'progress'
+    def _launch_pbar(self):
+        super()._launch_pbar()
+        self.read = 0
+    def after_batch(self):
+        if self.training and (now := perf_counter()) - self.read > .25: self.pbar.comment,self.read = f'{self.smooth_loss.item():.4f}',now
+        self.pbar.update(self.iter + 1)
 
 # %% ../nbs/05_train.ipynb #f56cb163
 def _plain(o):
@@ -251,7 +326,7 @@ def _plain_images(dls, n):
     items = dls.train_ds.items[::max(1, len(dls.train_ds)//n)]
     return dls.test_dl(items, bs=len(items)).one_batch()[0].as_subclass(torch.Tensor).cpu()
 
-# %% ../nbs/05_train.ipynb #442fc575
+# %% ../nbs/05_train.ipynb #870b442b
 def cifar_learner(
     dls:DataLoaders, # from `cifar_dls`
     arch:str|nn.Module='davidnet', # a name of `MODELS`, or any network
@@ -270,7 +345,7 @@ def cifar_learner(
     model = build_model(arch, len(dls.vocab), norm) if isinstance(arch, str) else arch
     if hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))
     if bf16 is None: bf16 = has_bf16(dls.device)
-    learn = CifarLearner(dls, model, loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), opt_func=opt_func(opt), wd=wd,
-                         metrics=accuracy, path=path, cbs=[SeedEpochs(seed), StopOnNaN(), LogLR(), *[Bf16()]*bf16, *cbs], **kwargs)
-    learn.recorder.train_metrics = True
-    return learn
+    basic = [TrainEvalCallback(), CastToTensor(), LightRecorder(train_metrics=True), LightProgress()]
+    ours = [SeedEpochs(seed), StopOnNaN(), LogLR(), *[Bf16()]*bf16]
+    return CifarLearner(dls, model, loss_func=CrossEntropy(label_smoothing=label_smoothing), opt_func=opt_func(opt), wd=wd, metrics=Accuracy(), path=path,
+                        cbs=[*basic, *ours, *cbs], default_cbs=False, **kwargs)

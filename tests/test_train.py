@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Callback, nn
+from fastai.vision.all import Callback, CrossEntropyLossFlat, Recorder, accuracy, nn
 
 from cifar_cam.augment import cifar_augment
 from cifar_cam.data import InputError, cifar_dls
@@ -249,3 +249,44 @@ def test_speednet_whitens_by_its_own_data_and_stops_training_that_layer(shapes, 
     quietly(learn, lambda l: l.fit(4, .05, cbs=Note()))
     assert torch.equal(white.weight, before)
     assert not torch.equal(biases[0], biases[1]) and torch.equal(biases[1], biases[3])
+
+
+# --- the light loop
+
+def test_the_light_loop_gives_fastais_numbers(shapes, tmp_path):
+    "The same training with fastai's own recorder, metric, loss and event loop"
+    light = tiny_learner(shapes, tmp_path, label_smoothing=.1)
+    weights,values = quietly(light, lambda l: l.fit_one_cycle(2, .02))
+    own = tiny_learner(shapes, tmp_path, label_smoothing=.1)
+    own.remove_cb(own.recorder); own.add_cb(Recorder(train_metrics=True))
+    own.metrics,own.loss_func = accuracy,CrossEntropyLossFlat(label_smoothing=.1)
+    own._call_one = lambda event: [cb(event) for cb in own.cbs.sorted('order')]
+    theirs,expected = quietly(own, lambda l: l.fit_one_cycle(2, .02))
+    assert same(weights, theirs)
+    np.testing.assert_allclose(np.array(values, float), np.array(expected, float), rtol=1e-6)
+    np.testing.assert_allclose(light.recorder.losses, own.recorder.losses, rtol=1e-5)
+    assert light.recorder.lrs == own.recorder.lrs and light.recorder.iters == own.recorder.iters and light.recorder.metric_names == own.recorder.metric_names
+
+
+def test_callbacks_may_come_and_go(shapes, tmp_path):
+    calls = []
+    class Once(Callback):
+        def after_step(self): calls.append('once'); self.learn.remove_cb(self)
+    class Off(Callback):
+        run = False
+        def after_step(self): calls.append('off')
+    off = Off()
+    learn = tiny_learner(shapes, tmp_path, cbs=[off])
+    quietly(learn, lambda l: l.fit(1, .01, cbs=[Once()]))
+    assert calls == ['once'] and off.run
+    learn.remove_cb(off)
+    quietly(learn, lambda l: l.fit(1, .01))
+    assert calls == ['once']
+
+
+def test_get_preds_and_interpretation_know_the_loss(shapes, tmp_path):
+    learn = tiny_learner(shapes, tmp_path)
+    with learn.no_bar(): probs,targets,decoded,losses = learn.get_preds(with_decoded=True, with_loss=True)
+    torch.testing.assert_close(probs.sum(1), torch.ones(len(probs)))
+    torch.testing.assert_close(losses, -probs[range(len(probs)), targets].log(), atol=1e-5, rtol=1e-4)
+    assert torch.equal(decoded, probs.argmax(1))
