@@ -72,7 +72,7 @@ def _changes(settings, **given):
 
 def _say(run):
     m = run.metrics
-    print(f"accuracy {100*m['accuracy']:.2f} % on {m['images']:,} test images, {100*m['accuracy_flip_tta']:.2f} % with flip TTA; "
+    print(f"accuracy {100*m['accuracy']:.2f} % on {m['images']:,} test images, {100*m['accuracy_tta']:.2f} % with {m['tta']} TTA; "
           f"{run.chosen_on}")
     print(run.path)
 

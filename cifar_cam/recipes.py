@@ -253,18 +253,19 @@ def predict(
 
 # %% ../nbs/09_recipes.ipynb #64a3f7ec
 class History(Callback):
-    "Write a row of `path` after each epoch: learning rate, losses, accuracies, seconds"
+    "Write a row of `path` after each epoch: learning rate, losses, accuracies, seconds of its training and of all of it"
     order = 68  # after the recorder and what watches it, before the checkpoint: a checkpoint's epoch has its row
     def __init__(self, path:Path): self.path,self.rows = Path(path),[]
     def before_fit(self):
         self.rows = pd.read_csv(self.path).to_dict('records') if self.path.exists() else []
     def before_epoch(self): self.start,self.rows = time.perf_counter(),self.rows[:self.epoch]
+    def after_train(self): self.trained = time.perf_counter() - self.start
     def after_epoch(self):
         row = dict(epoch=self.epoch + 1, **{k: float(v) for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.values[-1])})
         if len(self.dls.loaders) > 2:
             logits,targets = predict(self.learn, self.dls[2])
             row['test_accuracy'] = (logits.argmax(1)==targets).double().mean().item()
-        self.rows.append(dict(row, seconds=round(time.perf_counter() - self.start, 2)))
+        self.rows.append(dict(row, train_seconds=round(self.trained, 2), seconds=round(time.perf_counter() - self.start, 2)))
         save_atomically(lambda f: pd.DataFrame(self.rows).to_csv(f, index=False), self.path)
 
 class KeepBest(TrackerCallback):

@@ -39,7 +39,7 @@ def tiny_recipe(**changes):
     return Recipe('tiny', **{**dict(arch='tiny', epochs=2, bs=32, lr=.05, lr_min=.005, hold_out=.1), **changes})
 
 
-def no_seconds(history): return history.drop(columns='seconds')
+def no_seconds(history): return history.drop(columns=['train_seconds', 'seconds'])
 
 
 # --- what a recipe may say

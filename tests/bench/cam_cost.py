@@ -2,7 +2,7 @@
 
 Plain forward (no gradient), the engine and pytorch-grad-cam's plain call take turns in one process, so that other load on
 the machine meets them alike. The table has medians, and medians of the ratios of each round."""
-import argparse, json, platform, time
+import argparse, json
 from pathlib import Path
 from statistics import median
 
@@ -11,15 +11,7 @@ from pytorch_grad_cam import GradCAM
 
 from cifar_cam.cam import cam_layer, cam_maps
 from cifar_cam.models import MODELS
-
-
-def seconds(f, device):
-    "Wall time of one call, the device's queue included"
-    if device.type == 'cuda': torch.cuda.synchronize()
-    start = time.perf_counter()
-    f()
-    if device.type == 'cuda': torch.cuda.synchronize()
-    return time.perf_counter() - start
+from turns import machine, ratio, take_turns
 
 
 def measure(arch='resnet18', bs=64, size=32, rounds=15, methods=('gradcam', 'hirescam', 'layercam', 'eigencam'), device='cpu'):
@@ -36,15 +28,10 @@ def measure(arch='resnet18', bs=64, size=32, rounds=15, methods=('gradcam', 'hir
     for m in methods: runs[f'cam_maps {m}'] = lambda m=m: cam_maps(model, x, m, layer=layer).maps
     runs["cam_maps gradcam, layer='auto'"] = lambda: cam_maps(model, x).maps
     difference = (library() - runs['cam_maps gradcam']().cpu()).abs().max().item()
-    for f in runs.values(): f()
-    times = {n: [] for n in runs}
-    for _ in range(rounds):
-        for n,f in runs.items(): times[n].append(seconds(f, device))
-    plain = times['forward, no gradient']
-    rows = [dict(run=n, seconds=median(t), images_per_s=bs/median(t), forwards=median(a/b for a,b in zip(t, plain))) for n,t in times.items()]
-    speedup = median(a/b for a,b in zip(times['pytorch-grad-cam gradcam'], times['cam_maps gradcam']))
-    return dict(arch=arch, bs=bs, size=size, rounds=rounds, device=str(device), threads=torch.get_num_threads(), torch=torch.__version__,
-                machine=platform.machine(), rows=rows, speedup_gradcam=speedup, max_abs_difference=difference)
+    times = take_turns(runs, rounds, device)
+    rows = [dict(run=n, seconds=median(t), images_per_s=bs/median(t), forwards=ratio(times, n, 'forward, no gradient')) for n,t in times.items()]
+    return dict(benchmark='cam', arch=arch, bs=bs, size=size, rounds=rounds, **machine(device), rows=rows, max_abs_difference=difference,
+                ratios={'GradCAM ÷ forward pass': ratio(times, 'cam_maps gradcam', 'forward, no gradient'), 'pytorch-grad-cam ÷ GradCAM': ratio(times, 'pytorch-grad-cam gradcam', 'cam_maps gradcam')})
 
 
 def main():
@@ -59,7 +46,7 @@ def main():
     print(f"{res['arch']}, {res['bs']} images of {res['size']}×{res['size']}, {res['device']}, {res['threads']} threads, "
           f"{res['rounds']} rounds\n{'run':32}{'s/batch':>9}{'images/s':>10}{'forwards':>10}")
     for r in res['rows']: print(f"{r['run']:32}{r['seconds']:9.3f}{r['images_per_s']:10.0f}{r['forwards']:10.2f}")
-    print(f"gradcam against the library's: {res['speedup_gradcam']:.2f} times as fast, largest difference {res['max_abs_difference']:.0e}")
+    print(f"gradcam against the library's: {res['ratios']['pytorch-grad-cam ÷ GradCAM']:.2f} times as fast, largest difference {res['max_abs_difference']:.0e}")
     if a.json: a.json.write_text(json.dumps(res, indent=1)+'\n')
 
 

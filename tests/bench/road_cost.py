@@ -3,7 +3,7 @@
 Ours and pytorch-grad-cam's take turns in one process, so that other load on the machine meets them alike. Both remove the same
 pixels of the same images: the maps have no ties. Once the filling in alone, 18 times for each image (9 percentiles, most and least
 important first), and once the whole measure with the network's passes. The table has medians, and the medians of the ratios of each round."""
-import argparse, json, platform, time
+import argparse, json
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -14,6 +14,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 
 from cifar_cam.models import MODELS
 from cifar_cam.score import impute, removal_order, road
+from turns import machine, ratio, take_turns
 
 
 def keeps(maps, size):
@@ -34,15 +35,10 @@ def measure(arch='davidnet', images=16, size=32, rounds=5):
             ('ROAD', 'cifar_cam'): lambda: road(model, x, y, maps),
             ('ROAD', 'pytorch-grad-cam'): lambda: torch.from_numpy(ROADCombined()(x, maps.numpy(), targets, model))}
     difference = (runs['imputation', 'cifar_cam']() - runs['imputation', 'pytorch-grad-cam']()).abs().max().item()
-    times = {n: [] for n in runs}
-    for _ in range(rounds):
-        for n,f in runs.items():
-            start = time.perf_counter()
-            f()
-            times[n].append((time.perf_counter() - start)/images)
+    times = {n: [t/images for t in ts] for n,ts in take_turns(runs, rounds, warm_up=False).items()}
     rows = [dict(part=p, run=r, seconds_per_image=median(t)) for (p,r),t in times.items()]
-    speedup = {p: median(b/a for a,b in zip(times[p, 'cifar_cam'], times[p, 'pytorch-grad-cam'])) for p in ('imputation', 'ROAD')}
-    return dict(arch=arch, images=images, size=size, rounds=rounds, threads=torch.get_num_threads(), torch=torch.__version__, machine=platform.machine(),
+    speedup = {p: ratio(times, (p, 'pytorch-grad-cam'), (p, 'cifar_cam')) for p in ('imputation', 'ROAD')}
+    return dict(arch=arch, images=images, size=size, rounds=rounds, **machine(),
                 rows=rows, speedup=speedup, max_abs_difference=difference)
 
 

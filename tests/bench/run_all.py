@@ -1,0 +1,33 @@
+"""All benchmarks, one table of ratios: python tests/bench/run_all.py [--data cifar10] [--device cpu|cuda] [--airbench airbench94_muon.py] [--json PATH]
+
+Loader, training step, CAM pass; with --airbench also whole training runs (`speedrun`, three seeds) against that script. Nothing else should run on the machine.
+The ratios are of contenders that took turns in one process; the times of each are in the JSON file."""
+import argparse, json
+from pathlib import Path
+
+import torch
+
+import cam_cost, loader_cost, speedrun, step_cost
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', default='cifar10')
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p.add_argument('--rounds', type=int, default=5)
+    p.add_argument('--airbench', type=Path, help='airbench94_muon.py; without it the whole runs are left out')
+    p.add_argument('--out', type=Path, default='runs', help='the folder that gets the run folders')
+    p.add_argument('--json', type=Path, help='write all rows here')
+    a = p.parse_args()
+    results = []
+    def take(res):
+        results.append(res)
+        for name,r in res['ratios'].items(): print(f'{name:44}{r:8.3f}', flush=True)
+        if a.json: a.json.write_text(json.dumps(results, indent=1) + '\n')
+    take(loader_cost.measure(a.data, rounds=a.rounds, device=a.device))
+    take(step_cost.measure(a.data, rounds=a.rounds, device=a.device))
+    take(cam_cost.measure(rounds=a.rounds, device=a.device))
+    if a.airbench: take(speedrun.measure(a.airbench, a.data, a.device, out=a.out))
+
+
+if __name__ == '__main__': main()

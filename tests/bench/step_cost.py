@@ -1,0 +1,95 @@
+"""What a training step costs in a `Learner`, against a plain PyTorch loop and against stock fastai: python tests/bench/step_cost.py [--json PATH]
+
+*Learner ÷ plain loop*: the same network, loader, optimizer and precision; the plain loop has nothing else. *Stock fastai ÷ ours*: the same network trained by
+`ImageDataLoaders`, `Learner` and `fit_one_cycle` in float32. Everything takes turns in one process; the table has medians over the rounds."""
+import argparse, json
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import torch
+from fastai.vision.all import (Callback, CancelTrainException, CancelValidException, CrossEntropyLossFlat, CropPad, Flip as FastaiFlip, ImageDataLoaders, Learner,
+                               Normalize, OptimWrapper, RandomCrop, accuracy, cifar_stats, partial)
+from torch.nn import functional as F
+
+from cifar_cam.all import OPTIMIZERS, build_model, change, cifar_augment, cifar_dls, cifar_learner, data_path, find_recipe, has_bf16, recipe_dls, recipe_learner
+from turns import machine, ratio, take_turns
+
+
+class Few(Callback):
+    "End an epoch after `n` steps, without validation"
+    order = 90
+    def __init__(self, n): self.n = n
+    def after_batch(self):
+        if self.training and self.iter + 1 >= self.n: raise CancelTrainException
+    def before_validate(self): raise CancelValidException
+
+
+def in_learner(name, dls, steps, bf16):
+    r = change(find_recipe(name), lr=.05, lr_min=.01, resize='', epochs=1)
+    learn = recipe_learner(r, dls, bf16=bf16)
+    def run():
+        with learn.no_logging(): learn.fit(1, .01, cbs=Few(steps))
+    return run
+
+
+def plainly(name, dls, steps, bf16):
+    r = find_recipe(name)
+    device = dls.device
+    model = build_model(r.arch).to(device, memory_format=torch.channels_last if bf16 else torch.contiguous_format).train()
+    opt = OPTIMIZERS[r.opt]([p for p in model.parameters() if p.requires_grad], lr=.01, weight_decay=r.wd)
+    def run():
+        for x,y in islice(iter(dls.train), steps):
+            x,y = x.as_subclass(torch.Tensor),y.as_subclass(torch.Tensor)
+            if bf16: x = x.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): out = model(x)
+            F.cross_entropy(out.float(), y, label_smoothing=r.label_smoothing).backward()
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+    return run
+
+
+def stock(name, path, bs, steps, device):
+    dls = ImageDataLoaders.from_folder(path, train='train', valid='test', bs=bs, device=device, num_workers=2,
+                                       item_tfms=[CropPad(40, pad_mode='reflection'), RandomCrop(32)], batch_tfms=[FastaiFlip(), Normalize.from_stats(*cifar_stats)])
+    learn = Learner(dls, build_model(find_recipe(name).arch), loss_func=CrossEntropyLossFlat(), metrics=accuracy,
+                    opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True)), cbs=Few(steps))
+    def run():
+        with learn.no_logging(): learn.fit(1, .01)
+    return run
+
+
+def measure(data='cifar10', archs=('davidnet', 'speedrun'), steps=4, rounds=5, device='cpu'):
+    "Rows of median seconds a step, and the ratios"
+    rows,ratios,path,bf16 = [],{},data_path(data),has_bf16(device)
+    for name in archs:
+        r = find_recipe(name)
+        dls = recipe_dls(change(r, lr=.05, lr_min=.01), path, device=torch.device(device))
+        runs = {'Learner': in_learner(name, dls, steps, bf16), 'plain loop': plainly(name, dls, steps, bf16)}
+        if name == 'davidnet': runs['stock fastai, float32'] = stock(name, path, r.bs, steps, device)
+        times = take_turns(runs, rounds, device)
+        rows += [dict(recipe=name, bs=r.bs, run=n, seconds_per_step=median(t)/steps) for n,t in times.items()]
+        ratios[f'{name}: Learner ÷ plain loop'] = ratio(times, 'Learner', 'plain loop')
+        if name == 'davidnet': ratios[f'{name}: stock fastai ÷ Learner'] = ratio(times, 'stock fastai, float32', 'Learner')
+    return dict(benchmark='step', steps=steps, rounds=rounds, precision='bfloat16' if bf16 else 'float32', **machine(device), rows=rows, ratios=ratios)
+
+
+def show(res):
+    print(f"training steps, {res['precision']}, {res['rounds']} rounds of {res['steps']} steps, {res['threads']} threads, {res['processor']}")
+    for r in res['rows']: print(f"  {r['recipe']:12}{r['run']:24}{1000*r['seconds_per_step']:9.1f} ms a step of {r['bs']} images")
+    for name,r in res['ratios'].items(): print(f"  {name}: {r:.3f}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', default='cifar10')
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--rounds', type=int, default=5)
+    p.add_argument('--steps', type=int, default=4)
+    p.add_argument('--json', type=Path, help='write the result here too')
+    a = p.parse_args()
+    show(res := measure(a.data, steps=a.steps, rounds=a.rounds, device=a.device))
+    if a.json: a.json.write_text(json.dumps(res, indent=1) + '\n')
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,36 @@
+"Contenders that take turns in one process, so that other load on the machine meets them alike."
+import platform, time
+from statistics import median
+
+import torch
+
+
+def seconds(f, device='cpu'):
+    "Wall time of one call, the device's queue included"
+    if torch.device(device).type == 'cuda': torch.cuda.synchronize()
+    start = time.perf_counter()
+    f()
+    if torch.device(device).type == 'cuda': torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(runs, rounds, device='cpu', warm_up=True):
+    "Seconds of every call: name → a number a round. `runs` is name → function; each is called once before, unless `warm_up` is False"
+    if warm_up:
+        for f in runs.values(): f()
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name,f in runs.items(): times[name].append(seconds(f, device))
+    return times
+
+
+def ratio(times, a, b):
+    "Median over the rounds of the time of `a` over the time of `b`"
+    return median(x/y for x,y in zip(times[a], times[b]))
+
+
+def machine(device='cpu'):
+    "What the figures were measured on"
+    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if platform.system() == 'Linux' else platform.processor()
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else None
+    return dict(device=str(device), processor=gpu or cpu, threads=torch.get_num_threads(), torch=torch.__version__)
