@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .data import InputError
 
-# %% ../nbs/02_augment.ipynb #fb051c0a
+# %% ../nbs/02_augment.ipynb #2732b640
 class PadCrop(DisplayedTransform):
     "Pad by `pad` pixels a side, then cut out a window of the old size at random"
     split_idx,order = 0,1
@@ -35,47 +35,46 @@ class PadCrop(DisplayedTransform):
         return PILImage.create(np.pad(np.asarray(x), ((p,p),(p,p),(0,0)), mode=self.mode)[i:i+h, j:j+w])
 
     def encodes(self, x:TensorImage):
-        h,w = x.shape[-2:]
-        x = _shift(_pad(x, self.pad, self.mode, 2), self.pad, h, 2)
-        return _shift(_pad(x, self.pad, self.mode, 3), self.pad, w, 3)
+        h,w,n = *x.shape[-2:],2*self.pad + 1
+        x = x.as_subclass(torch.Tensor)  # fastai's types make a slice slow, and there are many
+        x,out,start = _padded(x, self.pad, self.mode),torch.empty_like(x, memory_format=torch.contiguous_format),0
+        for offset,count in enumerate(torch.randint(0, n*n, (len(x),)).bincount(minlength=n*n).tolist()):
+            i,j,these = offset//n,offset%n,slice(start, start := start + count)
+            if count: out[these] = x[these, :, i:i+h, j:j+w]
+        return TensorImage(out)
 
-# %% ../nbs/02_augment.ipynb #9249c049
-def _pad(x, pad, mode, dim):
-    n = x.shape[dim]
-    i = torch.arange(-pad, n + pad, device=x.device)
-    mirrored = (n - 1) - ((n - 1) - i.abs()).abs()
-    x = x.index_select(dim, mirrored)
-    if mode=='constant':
-        x.narrow(dim, 0, pad).zero_()
-        x.narrow(dim, n + pad, pad).zero_()
-    return x
-
-def _shift(x, pad, size, dim):
-    offsets = torch.randint(0, 2*pad + 1, (len(x),), device=x.device)
-    out = torch.empty_like(x.narrow(dim, 0, size), memory_format=torch.contiguous_format)
-    for o in range(2*pad + 1):
-        here = (offsets == o).nonzero().flatten()
-        out[here] = x.narrow(dim, o, size)[here]
+# %% ../nbs/02_augment.ipynb #9bf9ab28
+def _padded(x, pad, mode):
+    n,c,h,w = x.shape
+    out = x.new_zeros(n, c, h + 2*pad, w + 2*pad)
+    out[:, :, pad:pad+h, pad:pad+w] = x
+    if mode=='constant': return out
+    for i in range(pad): out[..., i],out[..., w+pad+i] = out[..., 2*pad-i],out[..., w+pad-2-i]
+    for i in range(pad): out[:, :, i],out[:, :, h+pad+i] = out[:, :, 2*pad-i],out[:, :, h+pad-2-i]
     return out
 
-# %% ../nbs/02_augment.ipynb #bf8b23ea
+# %% ../nbs/02_augment.ipynb #748d72d8
+def _flipped(x, which):
+    which,x = which.nonzero().flatten(),x.clone()
+    x[which] = x[which].flip(-1)
+    return x
+
+# %% ../nbs/02_augment.ipynb #da8752cd
 class Flip(DisplayedTransform):
     "Mirror left and right, one image in two"
     split_idx,order = 0,2
     def encodes(self, x:PILImage): return x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else x
 
     def encodes(self, x:TensorImage):
-        flip = torch.rand(len(x), device=x.device) < 0.5
-        return torch.where(flip[:, None, None, None], x.flip(-1), x)
+        return _flipped(x, torch.rand(len(x), device=x.device) < 0.5)
 
-# %% ../nbs/02_augment.ipynb #31513a22
+# %% ../nbs/02_augment.ipynb #4a225929
 class AlternatingFlip(Flip):
     "Mirror an image in every other epoch; which half begins mirrored is drawn once (Jordan 2024)"
     order = 0  # before the others, which do not keep a batch's rows
     def encodes(self, x:TensorImage):
         first = (x.rows*2654435761 >> 15) & 1  # multiplicative hashing (Knuth): a draw that needs no state
-        flip = (first + x.epoch) % 2 == 0
-        return torch.where(flip[:, None, None, None], x.flip(-1), x)
+        return _flipped(x, (first + x.epoch) % 2 == 0)
 
 # %% ../nbs/02_augment.ipynb #93f7a74a
 class Cutout(DisplayedTransform):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-import cam_cost, loader_cost, speedrun, step_cost
+import cam_cost, loader_cost, loop_cost, speedrun, step_cost
 
 
 def main():
@@ -25,6 +25,7 @@ def main():
         for name,r in res['ratios'].items(): print(f'{name:44}{r:8.3f}', flush=True)
         if a.json: a.json.write_text(json.dumps(results, indent=1) + '\n')
     take(loader_cost.measure(a.data, rounds=a.rounds, device=a.device))
+    take(loop_cost.measure(device=a.device))
     take(step_cost.measure(a.data, rounds=a.rounds, device=a.device))
     take(cam_cost.measure(rounds=a.rounds, device=a.device))
     if a.airbench: take(speedrun.measure(a.airbench, a.data, a.device, out=a.out))
