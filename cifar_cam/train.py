@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'has_bf16', 'Bf16', 'SeedEpochs', 'LogLR', 'L1Penalty', 'StopOnNaN', 'UpdateRatio', 'plot_update_ratios',
-           'CifarLearner', 'save_atomically', 'Checkpoint', 'opt_func', 'cifar_learner']
+           'CifarLearner', 'save_atomically', 'remove_leftovers', 'Checkpoint', 'opt_func', 'cifar_learner']
 
 # %% ../nbs/05_train.ipynb #ec8e6109
 import os, random
+from functools import wraps
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -83,8 +84,13 @@ class StopOnNaN(Callback):
     "Stop as soon as the loss is not a finite number, and say at which step and learning rate. Raises InputError"
     order,run_valid = -5,False
     def after_loss(self):
-        if torch.isfinite(self.loss_grad) or hasattr(self.learn, 'lr_finder'): return
-        raise InputError(f'the loss is {self.loss_grad.item()} in epoch {self.epoch}, step {self.iter}, at learning rate '
+        if not torch.isfinite(self.loss_grad): self._stop(f'the loss is {self.loss_grad.item()}')
+    def after_train(self):
+        # what the epoch's last step spoils shows in no loss before the checkpoint is written
+        if not all(o.isfinite().all() for o in self.model.state_dict().values()): self._stop('a weight is not a finite number')
+    def _stop(self, what):
+        if hasattr(self.learn, 'lr_finder'): return
+        raise InputError(f'{what} in epoch {self.epoch}, step {self.iter}, at learning rate '
                          f'{self.opt.hypers[-1]["lr"]:.4g}: try a lower one')
 
 # %% ../nbs/05_train.ipynb #9c37e370
@@ -128,8 +134,15 @@ def plot_update_ratios(
 
 # %% ../nbs/05_train.ipynb #13c806fc
 class CifarLearner(Learner):
-    "A fastai `Learner` whose `fit` can begin at a later epoch"
+    "A fastai `Learner` whose `fit` can begin at a later epoch. Raises InputError for a batch too large for the GPU's memory"
     first_epoch = 0
+    @wraps(Learner.fit)
+    def fit(self, *args, **kwargs):
+        try: super().fit(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            bs = self.dls.bs
+            raise InputError(f"the GPU's memory does not hold a batch of {bs} images: try half, bs={bs//2}") from None
+
     def _do_fit(self):
         # a progress bar has to be told that it begins before it can be told where it is
         if self.first_epoch and getattr(getattr(self, 'progress', None), 'mbar', None): self.progress.mbar.update(0)
@@ -142,12 +155,29 @@ def save_atomically(
     path:Path, # where the file is to be
 ):
     "Call `write` on a temporary file beside `path`, then rename it: `path` is the old file or the new one, never half of it"
-    tmp = Path(path).with_name(f'.{Path(path).name}.{os.getpid()}')
+    tmp = Path(path).with_name(f'.{Path(path).name}.{os.getpid()}.tmp')
     try:
         write(tmp)
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
+
+# %% ../nbs/05_train.ipynb #bf2fd607
+def remove_leftovers(
+    path:Path, # a folder
+):
+    "Delete what `save_atomically` left anywhere in `path` when its process was killed"
+    for tmp in Path(path).rglob('.*.tmp'):
+        pid = tmp.name.split('.')[-2]
+        if pid.isdecimal() and not _writes(int(pid)): tmp.unlink(missing_ok=True)
+
+def _writes(pid):
+    "Is `pid` another process that lives? On Windows the question itself would end it"
+    if pid==os.getpid() or os.name=='nt': return False
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    return True
 
 # %% ../nbs/05_train.ipynb #f56cb163
 def _plain(o):
