@@ -66,6 +66,7 @@ def note_writes(file, folder):
 def shell(words, out, prepare=None, args=()):
     "`cifar-cam` with these words; what it prints is written to `out`"
     MODELS['tiny'] = tiny
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a test run in the background inherits that it is ignored
     sys.stdout = sys.stderr = open(out, 'w', buffering=1)
     if prepare: prepare(*args)
     sys.exit(main([str(w) for w in words]))
