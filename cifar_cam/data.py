@@ -222,7 +222,7 @@ def save_atomically(
     path:Path, # where the file is to be
 ):
     "Call `write` on a temporary file beside `path`, then rename it: `path` is the old file or the new one, never half of it"
-    tmp = Path(path).with_name(f'.{Path(path).name}.{os.getpid()}')
+    tmp = Path(path).with_name(f'.{Path(path).name}.{os.getpid()}.tmp')
     try:
         write(tmp)
         with open(tmp, 'rb') as f: os.fsync(f.fileno())

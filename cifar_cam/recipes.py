@@ -10,10 +10,10 @@ __all__ = ['SCHEDULES', 'AUGMENTS', 'RECIPES', 'SHARED', 'Recipe', 'check_recipe
            'Run', 'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds', 'model_card', 'push_to_hub']
 
 # %% ../nbs/09_recipes.ipynb #9d761650
-import json, platform, tempfile, time
+import json, platform, shlex, tempfile, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -37,7 +37,7 @@ from .data import CIFAR10, InputError, cifar_dls, data_checksum, data_path
 from .interpret import CamInterpretation
 from .models import MODELS, NORMS, build_model, count_parameters
 from .schedule import Plateau, find_lrs, plot_triangle
-from .train import OPTIMIZERS, Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, cifar_learner, save_atomically
+from .train import OPTIMIZERS, Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, cifar_learner, remove_leftovers, save_atomically
 
 # %% ../nbs/09_recipes.ipynb #8705d533
 SCHEDULES = 'one-cycle', 'triangle', 'linear', 'cosine', 'flat-cosine', 'plateau', 'constant'
@@ -257,7 +257,8 @@ class History(Callback):
     order = 68  # after the recorder and what watches it, before the checkpoint: a checkpoint's epoch has its row
     def __init__(self, path:Path): self.path,self.rows = Path(path),[]
     def before_fit(self):
-        self.rows = pd.read_csv(self.path).to_dict('records') if self.path.exists() else []
+        # as text: rows that are there stay as they are, to the last digit
+        self.rows = pd.read_csv(self.path, dtype=str, keep_default_na=False).to_dict('records') if self.path.exists() else []
     def before_epoch(self): self.start,self.rows = time.perf_counter(),self.rows[:self.epoch]
     def after_train(self): self.trained = time.perf_counter() - self.start
     def after_epoch(self):
@@ -419,7 +420,17 @@ def run_recipe(
     _write_json(dict(env, published_protocol=published_protocol, tensorboard=tensorboard), path/'env.json')
     return train_run(path)
 
+# %% ../nbs/09_recipes.ipynb #f2dd19fb
+def _says_how_to_go_on(train):
+    "Ctrl-C ends `train` with the command that goes on"
+    @wraps(train)
+    def wrapped(path, *args, **kwargs):
+        try: return train(path, *args, **kwargs)
+        except KeyboardInterrupt as e: raise type(e)(f'go on with `cifar-cam train --resume {shlex.quote(str(path))}`') from None
+    return wrapped
+
 # %% ../nbs/09_recipes.ipynb #d9a4b2c2
+@_says_how_to_go_on
 def train_run(
     path:str|Path, # a run folder, finished or not
     figures:bool=True, # draw the figures and write the report at the end
@@ -427,6 +438,7 @@ def train_run(
     "Train what `path` says, from its last checkpoint if there is one, and write metrics, weights and figures"
     run = load_run(path)
     path,r,learn = run.path,run.recipe,run.learn
+    remove_leftovers(path)
     if not run.finished:
         lrs = run.lrs
         cbs = [History(path/'history.csv'), Checkpoint(path/'checkpoint.pt'), *[KeepBest(path/'best.safetensors')]*r.keep_best]

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'has_bf16', 'Bf16', 'SeedEpochs', 'LogLR', 'L1Penalty', 'StopOnNaN', 'UpdateRatio', 'plot_update_ratios',
            'CifarLearner', 'CrossEntropy', 'DeviceLoss', 'DeviceSmoothLoss', 'Accuracy', 'LightRecorder',
-           'LightProgress', 'Checkpoint', 'orthogonalize', 'Muon', 'ProgressiveResize', 'FreezeWhitening', 'opt_func',
-           'cifar_learner']
+           'LightProgress', 'remove_leftovers', 'Checkpoint', 'orthogonalize', 'Muon', 'ProgressiveResize',
+           'FreezeWhitening', 'opt_func', 'cifar_learner']
 
 # %% ../nbs/05_train.ipynb #4f1f6a88
 import os, random
+from functools import wraps
 from time import perf_counter
 from pathlib import Path
 
@@ -87,8 +88,13 @@ class StopOnNaN(Callback):
     "Stop as soon as the loss is not a finite number, and say at which step and learning rate. Raises InputError"
     order,run_valid = -5,False
     def after_loss(self):
-        if torch.isfinite(self.loss_grad) or hasattr(self.learn, 'lr_finder'): return
-        raise InputError(f'the loss is {self.loss_grad.item()} in epoch {self.epoch}, step {self.iter}, at learning rate '
+        if not torch.isfinite(self.loss_grad): self._stop(f'the loss is {self.loss_grad.item()}')
+    def after_train(self):
+        # what the epoch's last step spoils shows in no loss before the checkpoint is written
+        if not all(o.isfinite().all() for o in self.model.state_dict().values()): self._stop('a weight is not a finite number')
+    def _stop(self, what):
+        if hasattr(self.learn, 'lr_finder'): return
+        raise InputError(f'{what} in epoch {self.epoch}, step {self.iter}, at learning rate '
                          f'{self.opt.hypers[-1]["lr"]:.4g}: try a lower one')
 
 # %% ../nbs/05_train.ipynb #9c37e370
@@ -132,7 +138,7 @@ def plot_update_ratios(
 
 # %% ../nbs/05_train.ipynb #cfc7dbbf
 class CifarLearner(Learner):
-    "A fastai `Learner` that calls only the callbacks which wait for an event, and whose `fit` can begin at a later epoch"
+    "A fastai `Learner` that calls only the callbacks which wait for an event, and whose `fit` can begin at a later epoch. Raises InputError for a batch too large for the GPU's memory"
     first_epoch,_asked,_waiting = 0,None,{}
     def __call__(self, event_name): self._call_one(event_name) if isinstance(event_name, str) else super().__call__(event_name)
     def _call_one(self, event_name):
@@ -143,6 +149,13 @@ class CifarLearner(Learner):
         if now!=self._asked: self._asked,self._waiting = now,{}
         if event_name not in self._waiting: self._waiting[event_name] = self.ordered_cbs(event_name)
         for cb in self._waiting[event_name]: cb(event_name)
+
+    @wraps(Learner.fit)
+    def fit(self, *args, **kwargs):
+        try: super().fit(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            bs = self.dls.bs
+            raise InputError(f"the GPU's memory does not hold a batch of {bs} images: try half, bs={bs//2}") from None
 
     def _do_fit(self):
         # a progress bar has to be told that it begins before it can be told where it is
@@ -212,6 +225,23 @@ class LightProgress(ProgressCallback):
     def after_batch(self):
         if self.training and (now := perf_counter()) - self.read > .25: self.pbar.comment,self.read = f'{self.smooth_loss.item():.4f}',now
         self.pbar.update(self.iter + 1)
+
+# %% ../nbs/05_train.ipynb #bf2fd607
+def remove_leftovers(
+    path:Path, # a folder
+):
+    "Delete what `save_atomically` left anywhere in `path` when its process was killed"
+    for tmp in Path(path).rglob('.*.tmp'):
+        pid = tmp.name.split('.')[-2]
+        if pid.isdecimal() and not _writes(int(pid)): tmp.unlink(missing_ok=True)
+
+def _writes(pid):
+    "Is `pid` another process that lives? On Windows the question itself would end it"
+    if pid==os.getpid() or os.name=='nt': return False
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    return True
 
 # %% ../nbs/05_train.ipynb #f56cb163
 def _plain(o):

@@ -1,5 +1,5 @@
 "Data sets that several tests share. Everything is drawn in a temporary folder; nothing of the user's is touched."
-import os
+import multiprocessing, os
 from collections import OrderedDict
 
 # pytest-xdist runs two processes; with two threads each they would wait for one another's cores
@@ -57,6 +57,15 @@ def narrow():
         return nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 3, stride=2, padding=1), **stages, avgpool=nn.AdaptiveAvgPool2d(1),
                                          flatten=nn.Flatten(), fc=nn.Linear(8, n_out)))
     return network
+
+
+@pytest.fixture(scope='session')
+def fork():
+    "A multiprocessing context whose processes begin with the package imported: a killed one costs its own seconds, not the five of the import"
+    if 'forkserver' not in multiprocessing.get_all_start_methods(): pytest.skip('needs a system that can fork')
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['cifar_cam.cli', 'matplotlib.backends.backend_agg', 'pytorch_grad_cam'])
+    return context
 
 
 @pytest.fixture(scope='session')

@@ -1,6 +1,7 @@
 import os, subprocess, sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 import cifar_cam.cli as cli
@@ -10,7 +11,9 @@ from cifar_cam.shapes import shapes_path
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plt.close('all')
 
 
 def shell(*words, **env):
@@ -73,6 +76,7 @@ def test_a_training_at_the_shell_ends_with_its_folder(tmp_path_factory, tmp_path
     assert main(['explain', str(photo), '--run', str(path), '--out', str(tmp_path)]) == 0
     classes,picture = capsys.readouterr().out.strip().splitlines()[-2:]
     assert photo.name in classes and classes.count('%') == 3 and Path(picture).stat().st_size > 1000
+    assert not plt.get_fignums()   # a thousand photos would pile up
     (tmp_path/'note.jpg').write_text('no picture')
     assert main(['explain', 'note.jpg', '--run', str(path)]) == 2 and 'note.jpg' in capsys.readouterr().err
 
@@ -81,3 +85,4 @@ def test_lr_find_prints_its_pick_and_draws_it(colours, tmp_path, capsys):
     assert main(['lr-find', 'davidnet', '--data', str(colours), '--set', 'bs=8', '--out', str(tmp_path)]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-2].split()[0].startswith('lr=') and Path(lines[-1]).suffix == '.png' and Path(lines[-1]).exists()
+    assert not plt.get_fignums()
