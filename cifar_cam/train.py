@@ -7,7 +7,8 @@ __all__ = ['OPTIMIZERS', 'has_bf16', 'Bf16', 'SeedEpochs', 'LogLR', 'L1Penalty',
            'CifarLearner', 'save_atomically', 'Checkpoint', 'opt_func', 'cifar_learner']
 
 # %% ../nbs/05_train.ipynb #ec8e6109
-import os, random
+import os, random, secrets
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,7 @@ from fastai.vision.all import (Callback, CancelEpochException, CrossEntropyLossF
                                accuracy, partial)
 from torch import nn, optim
 
-from .data import InputError
+from .data import InputError, check_seed, writing
 from .models import build_model
 
 # %% ../nbs/05_train.ipynb #742478b8
@@ -142,12 +143,15 @@ def save_atomically(
     path:Path, # where the file is to be
 ):
     "Call `write` on a temporary file beside `path`, then rename it: `path` is the old file or the new one, never half of it"
-    tmp = Path(path).with_name(f'.{Path(path).name}.{os.getpid()}')
+    # a name that nobody can know before: at a known one, a run of another's making could have a link that leads out of it
+    tmp = Path(path).with_name(f'.{Path(path).name[:40]}.{secrets.token_hex(8)}')
     try:
-        write(tmp)
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+        with writing(path):
+            write(tmp)
+            with open(tmp, 'rb') as f: os.fsync(f.fileno())
+            os.replace(tmp, path)
+    finally:
+        with suppress(OSError): tmp.unlink(missing_ok=True)
 
 # %% ../nbs/05_train.ipynb #f56cb163
 def _plain(o):
@@ -164,21 +168,27 @@ class Checkpoint(Callback):
         path:Path, # the checkpoint file
     ): self.path = Path(path)
 
+    _watched = 'best', 'wait', 'new_best'
     def _watchers(self): return [cb for cb in self.learn.cbs if hasattr(cb, 'best')]
 
     def before_fit(self):
         self.learn.first_epoch = 0
         if not self.path.exists() or hasattr(self.learn, 'gather_preds'): return
-        state = torch.load(self.path, map_location='cpu', weights_only=True)
+        try: self._restore(torch.load(self.path, map_location='cpu', weights_only=True))
+        except Exception as e: # of another network, cut off, or made to do harm
+            raise InputError(f'{self.path}: not a checkpoint of this training ({(str(e) or type(e).__name__).splitlines()[0]}); delete it to begin anew') from None
+
+    def _restore(self, state):
+        if not isinstance(state['epochs'], int) or state['epochs'] < 0: raise ValueError(f"epochs={state['epochs']}")
         self.model.load_state_dict(state['model'])
         self.opt.load_state_dict(state['opt'])
-        for cb in self._watchers(): cb.__dict__.update(state['watchers'][cb.name])
+        for cb in self._watchers(): cb.__dict__.update({k: state['watchers'][cb.name][k] for k in self._watched if k in state['watchers'][cb.name]})
         smooth = self.recorder.smooth_loss
         smooth.count,smooth.val = state['smooth_loss']
         self.learn.first_epoch = state['epochs']
 
     def after_epoch(self):
-        watchers = {cb.name: {k: v for k,v in vars(cb).items() if k in ('best', 'wait', 'new_best')} for cb in self._watchers()}
+        watchers = {cb.name: {k: v for k,v in vars(cb).items() if k in self._watched} for cb in self._watchers()}
         smooth = self.recorder.smooth_loss
         state = dict(model=self.model.state_dict(), opt=self.opt.state_dict(), epochs=self.epoch + 1, watchers=watchers,
                      smooth_loss=(smooth.count, smooth.val.as_subclass(torch.Tensor)))
@@ -213,6 +223,7 @@ def cifar_learner(
     **kwargs, # more for `Learner`
 ) -> CifarLearner:
     "A `Learner` that trains `arch` on `dls` and measures accuracy on both the training and the validation images"
+    check_seed(seed)
     torch.manual_seed(seed)
     model = build_model(arch, len(dls.vocab), norm) if isinstance(arch, str) else arch
     if bf16 is None: bf16 = has_bf16(dls.device)
