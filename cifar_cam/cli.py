@@ -18,7 +18,7 @@ from typing import Annotated
 from . import __version__
 from .data import InputError
 from .interpret import explain_image
-from .recipes import (find_recipe, folder_for, load_run, pick_lrs, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds,
+from .recipes import (Recipe, find_recipe, folder_for, load_run, pick_lrs, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds,
                                train_run)
 from .report import compare_runs, write_report
 from .score import CAM_METHODS, score_run
@@ -68,8 +68,9 @@ def train(
 # %% ../nbs/11_cli.ipynb #d57cfe3a
 def _changes(settings, **given):
     pairs = [s.partition('=') for s in settings or []]
-    for k,eq,_ in pairs:
+    for k,eq,v in pairs:
         if not eq: raise InputError(f'--set {k}: write it as KEY=VALUE')
+        if k not in Recipe.__dataclass_fields__: raise InputError(f"--set {k}={v}: unknown key {k!r}; choose one of {', '.join(Recipe.__dataclass_fields__)}")
     return {k: v for k,_,v in pairs} | {k: v for k,v in given.items() if v is not None}
 
 def _say(run):
@@ -196,8 +197,7 @@ def main(
         command(**{k: v for k,v in args.items() if k not in ('pdb', 'xtra')})
         sys.stdout.flush()
     except InputError as e:
-        # fastai and DataLoader workers put lines of their own before the message
-        print(f'cifar-cam: {str(e).strip().splitlines()[-1].strip()}', file=sys.stderr)
+        print(f'cifar-cam: {e}', file=sys.stderr)
         return 2
     except OSError as e:
         if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT): raise

@@ -142,7 +142,7 @@ def _folder_or_archive(path, check):
     try:
         if path.is_dir(): return check(path)
         if path.is_file(): return unpack(path, check) # a pipe or a device would never end
-    except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror}); {_HOW_TO}') from None
+    except OSError as e: raise InputError(f'{e.filename or path}: cannot be read ({e.strerror}); {_HOW_TO}') from None
     raise InputError(f'{path}: no such file or folder; {_HOW_TO}')
 
 _HOW_TO = "name its folder or .tgz by --data or CIFAR_CAM_DATA, or take the drawn images: --data shapes"
@@ -199,8 +199,8 @@ class Squeeze(Transform):
     def __init__(self,
         size:int|tuple, # side in pixels, or (height, width)
     ):
-        h,w = (size, size) if isinstance(size, int) else size
-        if not min(h, w) >= 32: raise InputError(f'size {size}: the networks take images of 32×32 or more')
+        h,w = size if isinstance(size, (tuple, list)) else (size, size)
+        if not (isinstance(h, int) and isinstance(w, int) and min(h, w) >= 32): raise InputError(f'size {size}: the networks take images of 32×32 or more')
         self.size = w,h
     def encodes(self, x:PILImage): return x if x.size==self.size else PILImage.create(x.resize(self.size, Image.Resampling.BICUBIC))
 

@@ -29,7 +29,7 @@ import torch
 from fastai.callback.tracker import TrackerCallback
 from fastai.vision.all import Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, default_device, first
 from fastprogress import progress_bar
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from scipy.stats import binomtest, t as student_t
 from torch.nn import functional as F
 
@@ -119,7 +119,7 @@ RECIPES = {r.name: r for r in (
     Recipe('resnet18-layernorm', norm='layer', epochs=40, bs=256, opt='adam', published=86.11, published_as='at 40'))}
 
 def find_recipe(
-    name:str, # a key of `RECIPES`, or a TOML file
+    name:str, /, # a key of `RECIPES`, or a TOML file
     **changes, # fields that shall differ
 ) -> Recipe:
     "The recipe called `name`, with changes. Raises InputError that lists what there is"
@@ -129,7 +129,7 @@ def find_recipe(
 
 # %% ../nbs/09_recipes.ipynb #af8fe054
 def change(
-    r:Recipe, # stays as it is
+    r:Recipe, /, # stays as it is
     **changes, # field → value; strings are converted to the field's type
 ) -> Recipe:
     "`r` with some fields changed. Raises InputError for an unknown field, listing those there are"
@@ -284,14 +284,14 @@ def save_weights(
     path:Path, # a .safetensors file
 ):
     "Write all parameters and buffers of `model`"
-    save_file({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, path)
+    Path(path).write_bytes(save({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}))
 
 def load_weights(
     model, # a network of the same architecture
     path:Path, # a .safetensors file
 ):
     "Read parameters and buffers into `model`. Raises InputError where they do not fit"
-    try: model.load_state_dict(load_file(path))
+    try: model.load_state_dict(load(Path(path).read_bytes()))
     except Exception as e: raise InputError(f'{path}: not the weights of this network ({str(e).splitlines()[0]})') from None
 
 # %% ../nbs/09_recipes.ipynb #3290e982
@@ -389,10 +389,12 @@ def folder_for(
 ):
     "Make `out`. Where the input turns out to be wrong, what was made for it and is still empty goes again. Raises InputError"
     if '\0' in str(out): raise InputError(f'{out}: cannot be the name of a folder; name another one')
-    with writing(out):
-        made = [p for p in (Path(out), *Path(out).parents) if not p.exists()]
-        Path(out).mkdir(parents=True, exist_ok=True)
-    try: yield Path(out)
+    made = []
+    try:
+        with writing(out):
+            made += [p for p in (Path(out), *Path(out).parents) if not p.exists()]
+            Path(out).mkdir(parents=True, exist_ok=True)
+        yield Path(out)
     except InputError:
         for p in made:
             with suppress(OSError): p.rmdir()
@@ -596,7 +598,7 @@ class Run:
         return Image(self.path/'figures'/f'{name}.png')
 
     def _save(self, fig, name):
-        (self.path/'figures').mkdir(exist_ok=True)
+        with writing(self.path): (self.path/'figures').mkdir(exist_ok=True)
         save_atomically(lambda f: fig.savefig(f, format='png', dpi=110, bbox_inches='tight'), self.path/'figures'/f'{name}.png')
         plt.close(fig)
 
@@ -671,8 +673,12 @@ def run_seeds(
     if runs < 1: raise InputError(f'runs={runs}: at least one is needed')
     r = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
     for s in seed, seed + runs - 1: check_seed(s)
-    with folder_for(out), folder_for(new_run_folder(f'{r.name}-{runs}-seeds', out)) as path:
-        done = [run_recipe(recipe, data, path, s, **kwargs) for s in range(seed, seed + runs)]
+    with folder_for(out):
+        path = new_run_folder(f'{r.name}-{runs}-seeds', out)
+        try: done = [run_recipe(recipe, data, path, s, **kwargs) for s in range(seed, seed + runs)]
+        except InputError:
+            with suppress(OSError): path.rmdir()  # where it is still empty
+            raise
     summary = seed_summary([o.metrics['accuracy'] for o in done])
     _write_json(dict(summary, runs=[o.path.name for o in done], accuracies=[o.metrics['accuracy'] for o in done]), path/'summary.json')
     return path

@@ -29,7 +29,7 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from .cam import cam_layer, cam_maps, cam_method, find_layer, map_sizes, untouched, unwrap
-from .data import InputError, check_seed
+from .data import InputError, check_seed, writing
 from .interpret import CamInterpretation, _new_figure
 from .shapes import load_mask, mask_path
 from .train import save_atomically
@@ -518,7 +518,7 @@ def score_run(
 ) -> Scorecard:
     "`score_cams`, written to `score.json` and `figures/scorecard.png` in `path`, each whole or not at all"
     path,card = Path(path),score_cams(learn, **kwargs)
-    (path/'figures').mkdir(parents=True, exist_ok=True)
+    with writing(path): (path/'figures').mkdir(parents=True, exist_ok=True)
     card.save(path/'score.json')
     fig = card.plot()
     save_atomically(lambda f: fig.savefig(f, format='png', dpi=110, bbox_inches='tight'), path/'figures'/'scorecard.png')

@@ -23,6 +23,7 @@ class InputError(ValueError):
         if message.startswith('Caught InputError in DataLoader'): # PyTorch hands on the whole traceback of a worker
             message = message.rstrip().splitlines()[-1].partition('InputError: ')[2]
         super().__init__(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in message))
+    def __str__(self): return super().__str__().split('\n')[-1].strip() # fastai puts a line of its own before it
 
 # %% ../nbs/00_shapes.ipynb #f25f45de
 @contextmanager

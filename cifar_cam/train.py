@@ -176,7 +176,8 @@ class Checkpoint(Callback):
         if not self.path.exists() or hasattr(self.learn, 'gather_preds'): return
         try: self._restore(torch.load(self.path, map_location='cpu', weights_only=True))
         except Exception as e: # of another network, cut off, or made to do harm
-            raise InputError(f'{self.path}: not a checkpoint of this training ({(str(e) or type(e).__name__).splitlines()[0]}); delete it to begin anew') from None
+            why = 'it holds more than arrays and numbers' if type(e).__name__=='UnpicklingError' else (str(e) or type(e).__name__).splitlines()[0]
+            raise InputError(f'{self.path}: not a checkpoint of this training ({why}); delete it to begin anew') from None
 
     def _restore(self, state):
         if not isinstance(state['epochs'], int) or state['epochs'] < 0: raise ValueError(f"epochs={state['epochs']}")
