@@ -458,7 +458,8 @@ def train_run(
         save_atomically(lambda f: save_weights(learn.model, f), path/'weights.safetensors')
         about = dict(epochs=r.epochs, chosen_on=run.chosen_on, **image_format(learn.dls))
         _write_json(dict(evaluate(learn, learn.dls[-1]), **about), path/'metrics.json')
-    run = load_run(path)
+    dls,run = run.dls,load_run(path)
+    run.dls = dls  # read once
     if figures:
         draw_run(run)
         from cifar_cam.report import write_report  # imported here, because the report stands on this module

@@ -81,7 +81,7 @@ def test_images_of_any_kind_are_read_alike_in_training_and_in_explaining(data, r
 
 SEEDS = [picture(m, k) for m,k in (('RGB', 'png'), ('P', 'png'), ('P', 'gif'), ('CMYK', 'jpeg'), ('RGB', 'webp'), ('RGB', 'bmp'), ('F', 'tiff'), ('RGB', 'tga'), ('1', 'ppm'), ('RGB', 'ico'))]
 
-@settings(max_examples=150, **WITH)
+@settings(max_examples=100, **WITH)
 @given(st.sampled_from(SEEDS), st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=4)), min_size=1, max_size=6), st.floats(.05, 1), st.booleans())
 def test_a_changed_image_is_read_or_refused(tmp_path, monkeypatch, whole, changes, keep, early):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10**6)   # a header may ask for gigabytes
