@@ -7,7 +7,7 @@ __all__ = ['Setting', 'COMMANDS', 'demo', 'train', 'recipes', 'lr_find', 'cam', 
            'Terminated', 'main']
 
 # %% ../nbs/11_cli.ipynb #930db698
-import argparse, signal, sys, threading
+import argparse, errno, os, signal, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from typing import Annotated
 from . import __version__
 from .data import InputError
 from .interpret import explain_image
-from .recipes import (find_recipe, load_run, pick_lrs, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds,
+from .recipes import (Recipe, find_recipe, folder_for, load_run, pick_lrs, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds,
                                train_run)
 from .report import compare_runs, write_report
 from .score import CAM_METHODS, score_run
@@ -56,7 +56,9 @@ def train(
     device:str=None, # cpu, cuda, ...; the best there is by default
 ):
     "Train a recipe. The last line printed is the run's folder"
-    if resume: return _say(train_run(resume))
+    if resume:
+        if recipe or set or epochs is not None or bs is not None or runs != 1: raise InputError(f'--resume {resume}: goes on with the settings of that run; name no others')
+        return _say(train_run(resume))
     if recipe is None: raise InputError('name a recipe (see `cifar-cam recipes`), or a run to go on with by --resume')
     changes = _changes(set, epochs=epochs, bs=bs)
     kwargs = dict(published_protocol=published_protocol, tensorboard=tensorboard, device=device, **changes)
@@ -68,8 +70,9 @@ def train(
 # %% ../nbs/11_cli.ipynb #d57cfe3a
 def _changes(settings, **given):
     pairs = [s.partition('=') for s in settings or []]
-    for k,eq,_ in pairs:
+    for k,eq,v in pairs:
         if not eq: raise InputError(f'--set {k}: write it as KEY=VALUE')
+        if k not in Recipe.__dataclass_fields__: raise InputError(f"--set {k}={v}: unknown key {k!r}; choose one of {', '.join(Recipe.__dataclass_fields__)}")
     return {k: v for k,_,v in pairs} | {k: v for k,v in given.items() if v is not None}
 
 def _say(run):
@@ -92,10 +95,10 @@ def lr_find(
 ):
     "Run the LR finder of a recipe; print its pick and draw its curve"
     r = find_recipe(recipe, **_changes(set, lr='find', lr_min='find'))
-    lr_min,lr = pick_lrs(recipe_learner(r, recipe_dls(r, data, seed), seed), r)
     path = Path(out)/f'{r.name}-lr_find.png'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(path, dpi=110, bbox_inches='tight')
+    with folder_for(out):
+        lr_min,lr = pick_lrs(recipe_learner(r, recipe_dls(r, data, seed), seed), r)
+        save_atomically(lambda f: plt.savefig(f, format='png', dpi=110, bbox_inches='tight'), path)
     plt.close()
     print(f'lr={lr:.4g}' + (f' lr_min={lr_min:.4g}' if lr_min else ''))
     print(path)
@@ -127,10 +130,14 @@ def explain(
     "Show a photo's three likeliest classes, and where the network looked"
     o = load_run(run)
     about = dict(vocab=list(o.model and o.metrics['class_accuracy']), stats=(o.metrics['mean'], o.metrics['std']), size=o.metrics['size'])
+    names = []
     for image in images:
         fig,probs = explain_image(o.model, image, method=method, layer=layer, **about)
-        path = Path(out)/f'{Path(image).stem}-{method}.png'
-        save_atomically(lambda f: fig.savefig(f, format='png', dpi=110, bbox_inches='tight'), path)
+        name = f'{Path(image).stem}-{method}'
+        while name in names: name = f'{name}-{len(names) + 1}'  # a/cat.jpg and b/cat.jpg
+        names.append(name)
+        path = Path(out)/f'{name}.png'
+        with folder_for(out): save_atomically(lambda f: fig.savefig(f, format='png', dpi=110, bbox_inches='tight'), path)
         plt.close(fig)
         print(f"{image}: {', '.join(f'{c} {100*p:.1f} %' for c,p in list(probs.items())[:3])}")
         print(path)
@@ -155,6 +162,7 @@ def report(
     out:str=None, # the file that a comparison is written to; by default beside the first run's folder
 ):
     "Write report.html into a run's folder, or one page that compares several runs"
+    if out and (len(run)==1 or Path(out).is_dir()): raise InputError(f'--out {out}: ' + ('is for a comparison of several runs; leave it out' if len(run)==1 else 'is a folder; name a file'))
     print(write_report(run[0]) if len(run)==1 else compare_runs(run, out))
 
 # %% ../nbs/11_cli.ipynb #db738cca
@@ -189,6 +197,8 @@ def _sigterm_is_as_ctrl_c():
     finally: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/11_cli.ipynb #8fb2999a
+def _quiet(stream): os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python complains once more at its end
+
 def main(
     argv:list=None, # words after `cifar-cam`; None: those of the shell
 ) -> int:
@@ -197,14 +207,20 @@ def main(
     # fastprogress asks for `stdout.isatty`, not for what it returns; a log file should get plain lines
     if not sys.stdout.isatty():
         fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
-        if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(line_buffering=True)
+        if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(line_buffering=True, errors='surrogateescape')  # a path is bytes
     try:
         args = vars(parser().parse_args(argv))
         command = COMMANDS[args.pop('command').replace('-', '_')]
         with _sigterm_is_as_ctrl_c(): command(**{k: v for k,v in args.items() if k not in ('pdb', 'xtra')})
+        sys.stdout.flush()
     except InputError as e:
-        # fastai and DataLoader workers put lines of their own before the message
-        print(f'cifar-cam: {str(e).strip().splitlines()[-1].strip()}', file=sys.stderr)
+        print(f'cifar-cam: {e}', file=sys.stderr)
+        return 2
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT): raise
+        _quiet(sys.stdout)
+        if e.errno==errno.EPIPE: return 1  # `cifar-cam recipes | head`
+        print('cifar-cam: the disk is full; make room, and try again', file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         print('; '.join(['cifar-cam: interrupted', *map(str, e.args)]), file=sys.stderr)

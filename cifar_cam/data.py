@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CIFAR10', 'image_counts', 'check_cifar', 'test_name', 'check_folder', 'data_checksum', 'sha256', 'unpack',
-           'cifar_path', 'data_path', 'NamedImage', 'image_files', 'Squeeze', 'hold_out_splitter', 'image_stats',
-           'cifar_block', 'save_atomically', 'read_images', 'fingerprint', 'cached_images', 'MemoryImages', 'MemoryDL',
-           'cifar_dls']
+           'cifar_path', 'data_path', 'open_photo', 'NamedImage', 'image_files', 'Squeeze', 'check_seed',
+           'hold_out_splitter', 'image_stats', 'cifar_block', 'save_atomically', 'read_images', 'fingerprint',
+           'cached_images', 'MemoryImages', 'MemoryDL', 'cifar_dls']
 
 # %% ../nbs/01_data.ipynb #3322d10e
-import hashlib, os, shutil, tarfile, tempfile, warnings, zlib
+import errno, hashlib, os, secrets, shutil, tarfile, tempfile, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +20,13 @@ import torch
 from fastai.data.external import URLs, fastai_path, untar_data
 from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, Image, ImageBlock, L, Normalize, PILImage, Pipeline, TensorCategory,
                                TensorImage, TfmdDL, TfmdLists, Transform, chunked, cifar_stats, get_image_files, ndarray, parent_label)
+from PIL import ImageOps, UnidentifiedImageError
 from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sklearn.model_selection import train_test_split
 
-from .shapes import InputError, shapes_path
+from .shapes import InputError, shapes_path, writing
 
 # %% ../nbs/01_data.ipynb #4bc50c9c
 CIFAR10 = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
@@ -65,7 +67,7 @@ def check_folder(
     labels = path/'labels.txt'
     test = test_name(path)
     counts = {split: image_counts(path/split) if (path/split).is_dir() else {} for split in ('train', test)}
-    if set(labels.read_text().split() if labels.is_file() else counts['train']) == set(CIFAR10): return check_cifar(path)
+    if set(labels.read_text(errors='replace').split() if labels.is_file() else counts['train']) == set(CIFAR10): return check_cifar(path)
     for split,classes in counts.items():
         if not classes: raise InputError(f'{path}: no class folders in {split}/; it needs train/<class>/ and test/<class>/ or valid/<class>/')
         if empty := [c for c,n in classes.items() if not n]: raise InputError(f'{path/split/empty[0]}: no images in this class')
@@ -81,7 +83,8 @@ def data_checksum(
     digest = hashlib.sha256()
     for f in image_files(path):
         digest.update(os.fsencode(f.relative_to(path).as_posix()) + b'\n')
-        digest.update(f.read_bytes())
+        try: digest.update(f.read_bytes())
+        except OSError as e: raise InputError(f'{f}: cannot be read ({e.strerror}); fetch it anew') from None
     return digest.hexdigest()
 
 # %% ../nbs/01_data.ipynb #465c9033
@@ -102,20 +105,26 @@ def unpack(
     "The folder in `archive`, unpacked into fastai's data folder. Raises InputError for an archive that is broken or writes elsewhere"
     digest = sha256(archive)
     final = fastai_path('data')/f'{archive.name.split(".")[0]}-{digest[:12]}'
-    if final.exists(): return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix='.unpacking-') as tmp:
-        try:
-            with tarfile.open(archive) as tar: tar.extractall(tmp, filter='data')
-        except (tarfile.TarError, EOFError, zlib.error) as e:
-            raise InputError(f'{archive}: not a whole, safe archive ({str(e).splitlines()[0]}); fetch it anew') from None
-        folders = [d for d in Path(tmp).iterdir() if d.is_dir()]
-        if len(folders) != 1: raise InputError(f'{archive}: holds {len(folders)} folders instead of one')
-        check(folders[0])
-        try: folders[0].rename(final)
-        except OSError:  # another process was faster
-            if not final.exists(): raise
+    if final.exists(): return check(final)
+    with writing(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix='.unpacking-') as tmp:
+            with writing(final.parent): _extract(archive, tmp)
+            folders = [d for d in Path(tmp).iterdir() if d.is_dir()]
+            if len(folders) != 1: raise InputError(f'{archive}: holds {len(folders)} folders instead of one')
+            try: check(folders[0])
+            except InputError as e: raise InputError(str(e).replace(tmp, str(archive))) from None
+            try: folders[0].rename(final)
+            except OSError:  # another process was faster
+                if not final.exists(): raise
     return final
+
+def _extract(archive, folder):
+    try:
+        with tarfile.open(archive) as tar: tar.extractall(folder, filter='data')
+    except Exception as e: # tarfile and the four decompressors have many errors for a broken file
+        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): raise
+        raise InputError(f'{archive}: not a whole, safe archive ({str(e).replace(folder, "") or type(e).__name__}); fetch it anew') from None
 
 # %% ../nbs/01_data.ipynb #75eca103
 def cifar_path(
@@ -133,8 +142,11 @@ def cifar_path(
 
 def _folder_or_archive(path, check):
     path = Path(path).expanduser()
-    if not path.exists(): raise InputError(f'{path}: no such file or folder; {_HOW_TO}')
-    return check(path) if path.is_dir() else unpack(path, check)
+    try:
+        if path.is_dir(): return check(path)
+        if path.is_file(): return unpack(path, check) # a pipe or a device would never end
+    except OSError as e: raise InputError(f'{e.filename or path}: cannot be read ({e.strerror}); {_HOW_TO}') from None
+    raise InputError(f'{path}: no such file or folder; {_HOW_TO}')
 
 _HOW_TO = "name its folder or .tgz by --data or CIFAR_CAM_DATA, or take the drawn images: --data shapes"
 
@@ -147,43 +159,76 @@ def data_path(
     if str(data)=='shapes': return shapes_path()
     return _folder_or_archive(data, check_folder)
 
+# %% ../nbs/01_data.ipynb #797d74d9
+def _rgb(im):
+    "A PIL image of any mode as RGB. 16-bit greys are scaled to 8, floats by their range; transparency is laid on white"
+    if im.mode[0] in 'IF':
+        a = np.nan_to_num(np.asarray(im).astype(np.float64))
+        low,high = (a.min(), a.max()) if im.mode[0]=='F' else (0, 65535)
+        return Image.fromarray((255*(a - low)/max(high - low, 1e-9)).round().clip(0, 255).astype(np.uint8)).convert('RGB')
+    if im.mode[-1] not in 'Aa' and 'transparency' not in im.info: return im.convert('RGB')
+    im = im.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
+
+def open_photo(
+    photo:str|Path|Image.Image, # a file, or an image that is open
+) -> Image.Image: # RGB
+    "A photo of any size and mode, upright. Raises InputError for what cannot be read"
+    try:
+        if isinstance(photo, (str, Path)) and not Path(photo).is_file(): raise InputError(f'{photo}: no such file; name an image')
+        with (nullcontext(photo) if isinstance(photo, Image.Image) else Image.open(photo)) as im: return _rgb(ImageOps.exif_transpose(im))
+    except InputError: raise
+    except Exception as e: # Pillow's decoders have many errors for a broken file
+        why = 'it is no image, or of a format Pillow does not know' if isinstance(e, UnidentifiedImageError) else e
+        raise InputError(f'{photo}: cannot be read as an image ({why}); fetch it anew') from None
+
 # %% ../nbs/01_data.ipynb #85c8f291
 class NamedImage(PILImage):
     "A `PILImage` that names its file when it cannot be read"
     @classmethod
     def create(cls, fn:Path|str|torch.Tensor|ndarray|bytes|Image.Image, **kwargs):
-        try: return super().create(fn, **kwargs)
-        except (OSError, SyntaxError) as e: raise InputError(f'{fn}: cannot be read as an image ({e}); fetch it anew') from None
+        return cls(open_photo(fn)) if isinstance(fn, (str, Path)) else super().create(fn, **kwargs)
 
 def image_files(
     path:Path, # a folder with train/, and test/ or valid/
 ) -> list:
-    "The images to train and to test on, in an order that does not depend on the file system"
-    return sorted(f for split in ('train', test_name(path)) if (path/split).is_dir() for f in get_image_files(path/split))
+    "The images `<split>/<class>/<image>`, in an order that does not depend on the file system. What lies deeper or is hidden is none of them"
+    return sorted(f for split in ('train', test_name(path)) for c in _classes(path/split) for f in get_image_files(c, recurse=False))
+
+def _classes(path): return [d for d in path.iterdir() if d.is_dir() and not d.name.startswith('.')] if path.is_dir() else []
 
 class Squeeze(Transform):
     "The whole image at another size: nothing is cut off, so a CAM covers all that was in it"
     def __init__(self,
         size:int|tuple, # side in pixels, or (height, width)
     ):
-        h,w = (size, size) if isinstance(size, int) else size
-        if min(h, w) < 32: raise InputError(f'size {size}: the networks take images of 32×32 or more')
+        h,w = size if isinstance(size, (tuple, list)) else (size, size)
+        if not (isinstance(h, int) and isinstance(w, int) and min(h, w) >= 32): raise InputError(f'size {size}: the networks take images of 32×32 or more')
         self.size = w,h
     def encodes(self, x:PILImage): return x if x.size==self.size else PILImage.create(x.resize(self.size, Image.Resampling.BICUBIC))
 
 # %% ../nbs/01_data.ipynb #41cd610a
+def check_seed(
+    seed:int, # of any of the generators
+):
+    "Raises InputError for what scikit-learn, NumPy or PyTorch cannot take as a seed"
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32: raise InputError(f'seed={seed}: choose a whole number from 0 to {2**32 - 1:,}')
+
 def hold_out_splitter(
     hold_out:int|float=0, # images held out of train, or their share if below 1; 0: only train and test
     seed:int=0, # which images are held out
 ):
     "A fastai splitter by folder: (train, test), or (train, held out, test)"
+    check_seed(seed)
     def split(items):
         train,test = ([i for i,f in enumerate(items) if (f.parent.parent.name=='train')==yes] for yes in (True, False))
         if not hold_out: return train, test
         labels = [items[i].parent.name for i in train]
+        if not 0 < hold_out < len(labels): raise InputError(f'hold_out={hold_out}: choose a share below 1, or a number of images')
         n,classes = round(hold_out*len(labels)) if hold_out < 1 else hold_out, len(set(labels))
         if n!=int(n) or not classes <= n <= len(labels) - classes:
             raise InputError(f'hold_out={hold_out}: choose between {classes} and {len(labels) - classes:,} images')
+        if rare := [c for c in set(labels) if labels.count(c) < 2]: raise InputError(f'{rare[0]}: one image alone cannot be held out of a class; add another')
         train,held = train_test_split(train, test_size=n, stratify=labels, random_state=seed)
         return sorted(train), sorted(held), test
     return split
@@ -196,7 +241,7 @@ def image_stats(
 ) -> tuple:
     "Mean and standard deviation of each channel, 0..1: the known ones of CIFAR-10, else measured on train/"
     if image_counts(path/'train').keys() == set(CIFAR10): return cifar_stats
-    files = sorted(get_image_files(path/'train'))
+    files = [f for f in image_files(path) if f.is_relative_to(path/'train')]
     load = Pipeline([NamedImage.create, Squeeze(size)])
     x = np.stack([np.asarray(load(f)) for f in files[::max(1, len(files)//n)]])/255
     return x.mean((0,1,2)).round(3).tolist(), x.std((0,1,2)).round(3).tolist()
@@ -222,12 +267,15 @@ def save_atomically(
     path:Path, # where the file is to be
 ):
     "Call `write` on a temporary file beside `path`, then rename it: `path` is the old file or the new one, never half of it"
-    tmp = Path(path).with_name(f'.{Path(path).name}.{os.getpid()}.tmp')
+    # a name that nobody can know before: at a known one, a run of another's making could have a link that leads out of it
+    tmp = Path(path).with_name(f'.{Path(path).name[:40]}.{secrets.token_hex(8)}.{os.getpid()}.tmp')
     try:
-        write(tmp)
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+        with writing(path):
+            write(tmp)
+            with open(tmp, 'rb') as f: os.fsync(f.fileno())
+            os.replace(tmp, path)
+    finally:
+        with suppress(OSError): tmp.unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #1c308c43
 def read_images(
@@ -271,7 +319,7 @@ def cached_images(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_atomically(lambda f: save_file(dict(images=images), f, dict(fingerprint=now, checksum=_checksum(images))), file)
-    except (OSError, SafetensorError) as e: warnings.warn(f'{file}: could not be written ({e}); the images will be decoded again next time')
+    except (OSError, SafetensorError, InputError) as e: warnings.warn(f'the decoded images could not be kept ({e}); they will be decoded again next time')
     return images
 
 def _checksum(images): return f'{zlib.crc32(images.numpy().reshape(-1)):08x}'
@@ -332,6 +380,7 @@ def cifar_dls(
     **kwargs, # more for fastai's `dataloaders`: num_workers, device, ...
 ) -> DataLoaders:
     "Loaders of an image folder: train, then the held-out images if any, then test. Raises InputError for a batch larger than the set"
+    if not bs >= 1: raise InputError(f'bs={bs}: choose at least one image a batch')
     path = data_path(data)
     norm = Normalize.from_stats(*(stats := image_stats(path, size)))
     tfms = dict(batch_tfms=[*(item_tfms or []), norm], dl_type=MemoryDL) if in_memory else dict(item_tfms=item_tfms)

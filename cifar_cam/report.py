@@ -321,7 +321,7 @@ def _scorecard(path):
     try:
         score = json.loads(path.read_text(encoding='utf-8'))
         return dict(tables=_score_tables(score), marked=bool(score['survivors']), about={k: v for k,v in score['about'].items() if not isinstance(v, (list, dict))})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f'{path}: is not a scorecard ({type(e).__name__}: {e}); delete it, or run `cifar-cam score` again') from None
 
 def _score_tables(score):

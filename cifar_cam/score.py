@@ -29,7 +29,7 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from .cam import cam_layer, cam_maps, cam_method, find_layer, map_sizes, untouched, unwrap
-from .data import InputError
+from .data import InputError, check_seed, writing
 from .interpret import CamInterpretation, _new_figure
 from .shapes import load_mask, mask_path
 from .train import save_atomically
@@ -484,6 +484,7 @@ def score_cams(
 ) -> Scorecard:
     "Are these methods' maps to be believed? On the learner's last loader: the test images. Raises InputError for wrong methods, layers, numbers, masks"
     methods = [cam_method(m)[0] for m in ([methods] if isinstance(methods, str) else methods)]
+    check_seed(seed)
     if n < 1 or montages < 0 or not methods: raise InputError(f'n={n}, montages={montages}, {len(methods)} methods: choose one image and one method at least')
     interp = learn if isinstance(learn, CamInterpretation) else CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
     model,(idxs,fours,about) = interp.learn.model,_sample(interp, n, montages, min_prob, seed)
@@ -517,7 +518,7 @@ def score_run(
 ) -> Scorecard:
     "`score_cams`, written to `score.json` and `figures/scorecard.png` in `path`, each whole or not at all"
     path,card = Path(path),score_cams(learn, **kwargs)
-    (path/'figures').mkdir(parents=True, exist_ok=True)
+    with writing(path): (path/'figures').mkdir(parents=True, exist_ok=True)
     card.save(path/'score.json')
     fig = card.plot()
     save_atomically(lambda f: fig.savefig(f, format='png', dpi=110, bbox_inches='tight'), path/'figures'/'scorecard.png')

@@ -22,7 +22,7 @@ from fastai.vision.all import (AvgLoss, AvgSmoothLoss, Callback, CancelEpochExce
 from torch import nn, optim
 from torch.nn import functional as F
 
-from .data import InputError, save_atomically
+from .data import InputError, check_seed, save_atomically
 from .models import build_model
 
 # %% ../nbs/05_train.ipynb #742478b8
@@ -258,21 +258,28 @@ class Checkpoint(Callback):
         path:Path, # the checkpoint file
     ): self.path = Path(path)
 
+    _watched = 'best', 'wait', 'new_best'
     def _watchers(self): return [cb for cb in self.learn.cbs if hasattr(cb, 'best')]
 
     def before_fit(self):
         self.learn.first_epoch = 0
         if not self.path.exists() or hasattr(self.learn, 'gather_preds'): return
-        state = torch.load(self.path, map_location='cpu', weights_only=True)
+        try: self._restore(torch.load(self.path, map_location='cpu', weights_only=True))
+        except Exception as e: # of another network, cut off, or made to do harm
+            why = 'it holds more than arrays and numbers' if type(e).__name__=='UnpicklingError' else (str(e) or type(e).__name__).splitlines()[0]
+            raise InputError(f'{self.path}: not a checkpoint of this training ({why}); delete it to begin anew') from None
+
+    def _restore(self, state):
+        if not isinstance(state['epochs'], int) or state['epochs'] < 0: raise ValueError(f"epochs={state['epochs']}")
         self.model.load_state_dict(state['model'])
         self.opt.load_state_dict(state['opt'])
-        for cb in self._watchers(): cb.__dict__.update(state['watchers'][cb.name])
+        for cb in self._watchers(): cb.__dict__.update({k: state['watchers'][cb.name][k] for k in self._watched if k in state['watchers'][cb.name]})
         smooth = self.recorder.smooth_loss
         smooth.count,smooth.val = state['smooth_loss']
         self.learn.first_epoch = state['epochs']
 
     def after_epoch(self):
-        watchers = {cb.name: {k: v for k,v in vars(cb).items() if k in ('best', 'wait', 'new_best')} for cb in self._watchers()}
+        watchers = {cb.name: {k: v for k,v in vars(cb).items() if k in self._watched} for cb in self._watchers()}
         smooth = self.recorder.smooth_loss
         state = dict(model=self.model.state_dict(), opt=self.opt.state_dict(), epochs=self.epoch + 1, watchers=watchers,
                      smooth_loss=(smooth.count, smooth.val.as_subclass(torch.Tensor)))
@@ -371,6 +378,7 @@ def cifar_learner(
     **kwargs, # more for `Learner`
 ) -> CifarLearner:
     "A `Learner` that trains `arch` on `dls` and measures accuracy on both the training and the validation images"
+    check_seed(seed)
     torch.manual_seed(seed)
     model = build_model(arch, len(dls.vocab), norm) if isinstance(arch, str) else arch
     if hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))

@@ -1,6 +1,7 @@
 "Data sets that several tests share. Everything is drawn in a temporary folder; nothing of the user's is touched."
-import multiprocessing, os
+import multiprocessing, os, shutil, subprocess
 from collections import OrderedDict
+from pathlib import Path
 
 # pytest-xdist runs two processes; with two threads each they would wait for one another's cores
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -16,7 +17,8 @@ import torch
 from fastai.data.external import fastai_cfg
 from torch import nn
 
-from cifar_cam.models import conv_norm
+from cifar_cam.models import MODELS, conv_norm
+from cifar_cam.recipes import run_recipe
 from cifar_cam.shapes import shapes_path
 
 
@@ -66,6 +68,40 @@ def fork():
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['cifar_cam.cli', 'matplotlib.backends.backend_agg', 'pytorch_grad_cam'])
     return context
+def few(tmp_path_factory):
+    "A very small Shapes10: 100 training and 20 test images"
+    return shapes_path(tmp_path_factory.mktemp('few'), n_train=100, n_test=20)
+
+
+@pytest.fixture(scope='session')
+def finished(few, narrow, tmp_path_factory):
+    "The folder of a finished run of a narrow network, without figures. To change it, take `run`"
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setitem(MODELS, 'davidnet', narrow)
+        mp.setattr('cifar_cam.recipes.draw_run', lambda run: None)
+        mp.setattr('cifar_cam.report.write_report', lambda run: None)
+        return run_recipe('davidnet', few, tmp_path_factory.mktemp('finished'), epochs=1, bs=10, lr=.05, lr_min=.005).path
+
+
+@pytest.fixture
+def run(finished, narrow, tmp_path, monkeypatch):
+    "A copy of `finished`, to be spoiled"
+    monkeypatch.setitem(MODELS, 'davidnet', narrow)
+    return Path(shutil.copytree(finished, tmp_path/'run'))
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    "A function that mounts a small file system in a new folder; skips where that is not allowed"
+    made = []
+    def mount(name, options):
+        (tmp_path/name).mkdir()
+        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', tmp_path/name], capture_output=True, text=True) if shutil.which('mount') else None
+        if done is None or done.returncode: pytest.skip('needs the right to mount a file system')
+        made.append(tmp_path/name)
+        return tmp_path/name
+    yield mount
+    for path in made: subprocess.run(['umount', '-l', path], check=True)
 
 
 @pytest.fixture(scope='session')

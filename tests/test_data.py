@@ -284,7 +284,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_lost(shapes, tmp_
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr('cifar_cam.data.save_file', full)
     root = Path(shutil.copytree(shapes, tmp_path/'s'))
-    with pytest.warns(UserWarning, match='No space left'): images = cached_images(root)
+    with pytest.warns(UserWarning, match='disk is full'): images = cached_images(root)
     assert images.shape == (400, 3, 32, 32) and not one_cache(root)
     assert not [f for f in (fastai_path('data')/'cifar_cam-cache').iterdir() if f.name.startswith('.')]
 

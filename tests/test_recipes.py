@@ -155,7 +155,7 @@ def test_two_runs_in_one_second_get_two_folders(tmp_path):
 def test_what_is_no_run_is_named(tmp_path, spoil):
     path = new_run_folder('x', tmp_path)
     (path/'recipe.json').write_text(json.dumps(dict(name='x')))
-    (path/'env.json').write_text('{}')
+    (path/'env.json').write_text(json.dumps(dict(data='shapes', data_checksum='', seed=0, device='cpu', published_protocol=False)))
     assert load_run(path).recipe == Recipe('x')
     spoil(path)
     with pytest.raises(InputError, match='no run folder') as e: load_run(path)

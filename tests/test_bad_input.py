@@ -1,0 +1,260 @@
+"What a careless user may type: it works, or ends in one line that names the value and the mend, and leaves nothing"
+import errno, json, os, shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.vision.all import nn
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from cifar_cam.augment import Cutout
+from cifar_cam.cli import main
+from cifar_cam.data import InputError, cifar_dls, data_path, open_photo
+from cifar_cam.interpret import explain_image
+from cifar_cam.recipes import Recipe, find_recipe, load_run, new_run_folder, run_recipe, run_seeds
+from cifar_cam.report import run_command
+from cifar_cam.schedule import Plateau
+from cifar_cam.shapes import load_mask, shapes_path, writing
+from cifar_cam.train import cifar_learner, save_atomically
+
+LONG = 'x'*300
+NAN = float('nan')
+
+
+def tree(path): return {p: p.is_file() and p.stat().st_mtime_ns for p in path.rglob('*')}
+
+
+def one_line(err, word):
+    assert err.count('\n') == 1 and err.endswith('\n') and err.startswith('cifar-cam: ') and err[:-1].isprintable()
+    assert word in err and 'Traceback' not in err
+
+
+@pytest.fixture
+def here(tmp_path, run, few, monkeypatch):
+    "What `words` may name"
+    (tmp_path/'file').write_text('no archive')
+    (tmp_path/'dir.toml').mkdir()
+    (tmp_path/'bytes.toml').write_bytes(b'\xff\xfe\0')
+    (tmp_path/'empty').mkdir()
+    monkeypatch.chdir(tmp_path)
+    return dict(run=run, few=few, photo=next((few/'test'/'star').iterdir()))
+
+
+TRAIN = 'train davidnet --data {few} '
+WORDS = [(TRAIN + words, word) for words,word in [
+    ('--seed -1', 'seed=-1'), ('--seed 4294967296', 'seed=4294967296'), ('--seed 1e3', '1e3'), ('--seed 4294967295 --runs 2', 'seed=4294967296'),
+    ('--epochs -1', 'epochs=-1'), ('--epochs 0', 'epochs=0'), ('--epochs 100000', 'epochs=100000'), ('--epochs nan', 'nan'), ('--epochs 2.5', '2.5'),
+    ('--bs 0', 'bs=0'), ('--bs 1', 'bs=1'), ('--bs -8', 'bs=-8'), ('--bs 128', 'to train on'), ('--bs 128 --runs 2', 'to train on'), ('--bs 99999999999', 'bs='),
+    ('--set lr=nan', 'lr=nan'), ('--set lr=1e400', 'lr=inf'), ('--set lr=-1', 'lr=-1'), ('--set lr=', 'lr='), ('--set lr', 'KEY=VALUE'), ('--set =3', "''"),
+    ('--set lr=.1 --set lr_min=.2', 'lr_min=0.2'), ('--set size=0', 'size=0'), ('--set size=99999', 'size=99999'), ('--set cutout=-1', 'cutout=-1'),
+    ('--set norm=', 'norm='), ('--set arch=vgg', 'vgg'), ('--set schedule=plateau --set hold_out=.001', 'hold_out=0.001'), ('--set hold_out=nan', 'hold_out=nan'),
+    ('--set name=../up', '../up'), ('--set seed=3', 'seed'), ('--set r=3', "'r'"), ('--set data=x', "'data'"), (f'--set name={LONG}', 'name='), ('--runs -1', 'runs=-1'), ('--device meta', 'meta'), ('--device cpu:7', 'cpu:7'), ('--device xpu', 'xpu'),
+    ('--out file', 'file: is a file'), ('--out file/deeper', 'file'), (f'--out {LONG}', 'File name too long'), (f'--out new/and/{LONG}', 'File name too long'), ('--out /proc/none', '/proc/none'),
+    ('--out new --bs 128', 'to train on'), ('--out new/er --runs 3 --bs 128', 'to train on'), ('--resume {run}', 'name no others')]] + [
+    ('train Davidnet', 'Davidnet'), ('train davidnet.toml', 'davidnet.toml'), ('train dir.toml', 'dir.toml'), ('train bytes.toml', 'bytes.toml'), ('train run', "'run'"),
+    ('train davidnet --data file', 'file'), ('train davidnet --data empty', 'empty'), ('train davidnet --data /dev/zero', '/dev/zero'), (f'train davidnet --data {LONG}', 'too long'),
+    ('train davidnet --data run', 'train/'), ('demo --data nowhere', 'nowhere'), ('demo --data {few} --epochs 0', 'epochs=0'), ('demo --data {few} --seed -5', 'seed=-5'),
+    ('train --resume nowhere', 'nowhere'), ('train --resume file', 'file'), ('train --resume empty', 'empty'), ('train --resume', 'resume'),
+    ('lr-find davidnet --data {few} --seed -1', 'seed=-1'), ('lr-find davidnet --data {few} --set bs=100000', 'bs='), ('lr-find davidnet --data {few} --out file', 'is a file'),
+    ('lr-find davidnet --data nowhere --out new', 'nowhere'), ('lr-find nope --out new', 'nope'),
+    ('cam nowhere', 'nowhere'), ('cam file', 'file'), ('cam {run} --k 0', 'k=0'), ('cam {run} --k -3', 'k=-3'), ('cam {run} --k nan', 'nan'), ('cam {run} --method nope', 'nope'),
+    ('cam {run} --layer nope', 'nope'), ('cam {run} --layer fc', 'layer Linear'), ('cam {run} --which all', 'all'), ('cam {run} --min-px 1000', '1000'),
+    ('explain nothing.png --run {run} --out new', 'nothing.png'), ('explain file --run {run}', 'file'), ('explain empty --run {run}', 'empty'), ('explain {photo} --run nowhere', 'nowhere'),
+    ('explain {photo} --run {run} --out file', 'is a file'), ('explain {photo} --run {run} --layer nope --out new', 'nope'), ('explain {photo} --run {run} --method nope', 'nope'),
+    ('explain --run {run}', 'images'), ('explain {photo}', '--run'), (f'explain {{photo}} --run {{run}} --out {LONG}', 'too long'), (f'explain {LONG} --run {{run}}', LONG),
+    ('score {run} --n 0', 'n=0'), ('score {run} --n -1', 'n=-1'), ('score {run} --seed -1', 'seed=-1'), ('score {run} --montages -1', 'montages=-1'), ('score empty', 'empty'),
+    ('report {run} --out page.html', '--out'), ('report {run} {run} --out empty', 'empty'), ('report {run} {run} --out no/page.html', 'no/page.html'), ('report {run} nowhere', 'nowhere'), ('report empty', 'empty')]
+
+
+@pytest.mark.parametrize('words, word', WORDS, ids=[w[:60] for w,_ in WORDS])
+def test_at_the_shell_it_is_exit_code_2_and_one_line_and_nothing_is_left(here, tmp_path, capsys, words, word):
+    before = tree(tmp_path)
+    code = main([w.format(**here) for w in words.split()])
+    err = capsys.readouterr().err
+    assert code == 2
+    one_line(err, word)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize('word', ['a\nb', 'a\x1b[31mred', 'a\rb', 'not \udcff UTF-8', ' ', 'blå ✓'])
+def test_a_message_is_one_printable_line_whatever_was_typed(here, capsys, word):
+    for words in ['train', word], ['train', 'davidnet', '--data', word], ['report', word], ['explain', word, '--run', str(here['run'])], ['train', 'davidnet', '--set', f'{word}=1']:
+        assert main(words) == 2
+        one_line(capsys.readouterr().err, ascii(word)[1:-1] if not word.isprintable() else word.strip())
+
+
+# --- a folder that is no run, half a run, a run of another version
+
+def edit(name, /, **fields):
+    "`name` with other fields; a field set to `...` goes"
+    def spoil(path):
+        record = json.loads((path/name).read_text()) | fields
+        (path/name).write_text(json.dumps({k: v for k,v in record.items() if v is not ...}))
+    return spoil
+
+def put(name, content): return lambda path: (path/name).write_bytes(content)
+def no(name): return lambda path: (path/name).unlink()
+
+HISTORY = b'epoch,train_loss,train_accuracy,valid_loss,valid_accuracy,lr\n'
+SPOILED = dict(
+    no_recipe=(no('recipe.json'), 'recipe.json'), no_env=(no('env.json'), 'env.json'), no_weights=(no('weights.safetensors'), 'weights.safetensors'), no_history=(no('history.csv'), 'history.csv'),
+    unfinished=(no('metrics.json'), 'train --resume'), field_unknown=(edit('recipe.json', momentum=.9), 'momentum'), field_missing=(edit('recipe.json', name=...), 'name'),
+    **{f'env_without_{k}': (edit('env.json', **{k: ...}), k) for k in ('data', 'data_checksum', 'seed', 'device', 'published_protocol')},
+    **{f'metrics_without_{k}': (edit('metrics.json', **{k: ...}), k) for k in ('accuracy', 'class_accuracy', 'size', 'mean', 'std', 'images', 'loss')},
+    other_classes=(edit('metrics.json', class_accuracy={c: 1. for c in 'abcdefghij'}), 'other classes'), fewer_classes=(edit('metrics.json', class_accuracy=dict(a=1.)), 'weights.safetensors'),
+    other_network=(edit('recipe.json', arch='resnet18'), 'not the weights'), other_data=(edit('env.json', data_checksum='0'*64), 'trained on'), data_gone=(edit('env.json', data='/gone'), '/gone'),
+    empty_history=(put('history.csv', b''), 'history.csv'), history_of_no_epoch=(put('history.csv', HISTORY), 'history.csv'), column_gone=(put('history.csv', b'epoch,lr\n1,2\n'), 'train_loss'),
+    words_in_history=(put('history.csv', HISTORY + b'1,a,b,c,d,e\n'), 'train_loss'), epoch_twice=(put('history.csv', HISTORY + b'1,1,1,1,1,1\n1,1,1,1,1,1\n'), 'history.csv'),
+    empty_metrics=(put('metrics.json', b''), 'metrics.json'), list_of_metrics=(put('metrics.json', b'[]'), 'metrics.json'))
+
+@pytest.mark.parametrize('case', SPOILED)
+def test_what_is_no_whole_run_of_this_version_is_named(run, tmp_path, capsys, case):
+    spoil,word = SPOILED[case]
+    spoil(run)
+    before = tree(tmp_path)
+    assert main(['report', str(run)]) == 2
+    one_line(capsys.readouterr().err, word)
+    assert tree(tmp_path) == before
+
+
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda o: st.lists(o, max_size=3) | st.dictionaries(st.text(max_size=5), o, max_size=3), max_leaves=5)
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None, derandomize=True)
+@given(st.data())
+def test_any_value_in_a_record_is_taken_or_refused(run, data):
+    name = data.draw(st.sampled_from(['recipe.json', 'env.json', 'metrics.json']))
+    whole = json.loads((run/name).read_text())
+    try:
+        edit(name, **{data.draw(st.sampled_from(list(whole))): data.draw(VALUES)})(run)
+        try:
+            o = load_run(run)
+            o.finished and o.metrics
+            assert repr(o) and o.chosen_on and run_command(o)
+        except InputError as e: assert str(e).isprintable()
+    finally: (run/name).write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize('text', ['', '{', 'null', '3', '"a"', '['*100_000, '{"a":'*100_000, '9'*5000, '\ufeff{}', '{"seed": NaN}'])
+@pytest.mark.parametrize('name', ['recipe.json', 'env.json', 'metrics.json', 'lrs.json'])
+def test_a_record_that_is_no_record_is_named(run, name, text):
+    (run/name).write_text(text)
+    with pytest.raises(InputError, match=name):
+        o = load_run(run)
+        o.metrics, o.lrs
+
+
+def test_a_finished_run_of_a_machine_with_a_gpu_can_be_looked_at_but_not_gone_on_with(run):
+    edit('env.json', device='cuda:7')(run)
+    if torch.cuda.device_count() > 7: pytest.skip('needs a machine with fewer GPUs')
+    assert load_run(run).dls.device.type in ('cpu', 'cuda', 'mps')
+    no('metrics.json')(run)
+    with pytest.raises(InputError, match='cuda:7'): load_run(run).dls
+
+
+# --- numbers and names in Python
+
+@pytest.mark.parametrize('fields', [dict(epochs=2.5), dict(epochs=True), dict(epochs='3'), dict(bs=None), dict(bs=np.int64(8)), dict(lr=None), dict(lr=[.1]), dict(keep_best='no'), dict(keep_best=1),
+    dict(name=3), dict(name='a\x1bb'), dict(name='a\nb'), dict(norm=['batch']), dict(arch=None), dict(published='much'), dict(epochs=10**400), dict(wd=NAN), dict(label_smoothing=1), dict(size=10**9)])
+def test_a_recipe_has_values_of_its_fields_types(fields):
+    with pytest.raises(InputError, match=next(iter(fields))): Recipe(**{'name': 'x', **fields})
+
+
+CALLS = {f'{f}: {word}': (call, word) for f,call,word in [
+    ('shapes_path', lambda d: shapes_path(d, n_train=NAN), 'n_train'), ('shapes_path', lambda d: shapes_path(d, n_test=10.), 'n_test'), ('shapes_path', lambda d: shapes_path(d, seed=NAN), 'seed'),
+    ('shapes_path', lambda d: shapes_path('/proc/none', 10, 10), '/proc/none'),
+    ('data_path', lambda d: data_path('a\0b'), 'no such file'), ('data_path', lambda d: data_path(''), 'train/'),
+    ('cifar_dls', lambda d: cifar_dls(d, bs=0), 'bs=0'), ('cifar_dls', lambda d: cifar_dls(d, bs=-1), 'bs=-1'), ('cifar_dls', lambda d: cifar_dls(d, bs=NAN), 'bs=nan'),
+    ('cifar_dls', lambda d: cifar_dls(d, size=NAN), 'size nan'), ('cifar_dls', lambda d: cifar_dls(d, seed=-1), 'seed=-1'), ('cifar_dls', lambda d: cifar_dls(d, seed=1.5), 'seed=1.5'),
+    *[('cifar_dls', lambda d, h=h: cifar_dls(d, hold_out=h), f'hold_out={h}') for h in (-1, -.1, NAN, float('inf'), 10**9)],
+    ('cifar_learner', lambda d: cifar_learner(cifar_dls(d, bs=8), nn.Flatten(), seed=-1), 'seed=-1'), ('cifar_learner', lambda d: cifar_learner(cifar_dls(d, bs=8), 'vgg'), 'vgg'),
+    ('Cutout', lambda d: Cutout(0), 'size 0'), ('Plateau', lambda d: Plateau(factor=NAN), 'factor=nan'), ('new_run_folder', lambda d: new_run_folder('x', '/dev/null'), '/dev/null'),
+    ('run_recipe', lambda d: run_recipe('davidnet', d, 'a\0b'), 'folder'), ('run_recipe', lambda d: run_recipe('davidnet', d, device=object()), 'device'),
+    ('run_recipe', lambda d: run_recipe('davidnet', d, seed=True), 'seed=True'), ('run_seeds', lambda d: run_seeds('davidnet', d, seed=-2), 'seed=-2'),
+    ('load_run', lambda d: load_run('a\0b'), 'no run folder'), ('find_recipe', lambda d: find_recipe(None), 'None'),
+    ('save_atomically', lambda d: save_atomically(lambda f: f.write_text(''), d/'none'/'x'), 'none/x'), ('save_atomically', lambda d: save_atomically(lambda f: f.write_text(''), d/'test'), 'test'),
+    ('open_photo', lambda d: open_photo('a\0b'), 'no such file'), ('open_photo', lambda d: open_photo('x'*5000), 'xxx'), ('load_mask', lambda d: load_mask(d/'none.png'), 'none.png')]}
+
+@pytest.mark.parametrize('case', CALLS)
+def test_in_python_it_is_an_input_error_of_one_line(few, tmp_path, monkeypatch, case):
+    call,word = CALLS[case]
+    monkeypatch.chdir(tmp_path)
+    before = tree(few)
+    with pytest.raises(InputError) as e: call(few)
+    assert word in str(e.value) and str(e.value).isprintable() and tree(few) == before and not tree(tmp_path)
+
+
+def test_the_line_of_a_worker_process_is_the_same_line(tmp_path, few):
+    root = Path(shutil.copytree(few, tmp_path/'s'))
+    for f in (root/'train'/'star').iterdir(): f.write_bytes(b'no')
+    with pytest.raises(InputError) as e: list(cifar_dls(root, bs=50, in_memory=False, num_workers=1).train)
+    assert str(e.value).startswith(str(root/'train'/'star')) and str(e.value).isprintable()
+
+
+def test_more_panels_than_a_figure_can_hold_are_refused(run):
+    interp = load_run(run).interp
+    with pytest.raises(InputError, match='too many for one figure'): interp.plot_cams(400, [0]*400)
+
+
+def test_a_class_may_be_called_anything(run, tmp_path):
+    o = load_run(run)
+    interp,names = o.interp,['$', '$5 and $6', r'$\frac{', 'x^{$_', '%s', '{0}', '</script>', '_hidden', 'a\nb', ' ']
+    for i,name in enumerate(names): interp.dl.vocab[i] = name
+    assert interp._names==names
+    for fig in interp.plot_confusion_matrix(), interp.plot_per_class_accuracy(), interp.plot_images(10, range(10)), interp.plot_cams(2, [0, 19]): fig.savefig(tmp_path/'x.png')
+    explain_image(o.model, next((Path(o.env['data'])/'test'/'star').iterdir()), vocab=names, stats=([.5]*3, [.2]*3))[0].savefig(tmp_path/'x.png')
+
+
+# --- paths
+
+@pytest.mark.parametrize('name', ['with spaces, blå ✓ 日本', "it's $HOME; `x` #%&", '-leading\nbreak', os.fsdecode(b'not \xff UTF-8')])
+def test_any_path_works(run, few, tmp_path, monkeypatch, capfd, name):
+    monkeypatch.chdir(tmp_path)
+    photo,folder = tmp_path/f'{name}.png',tmp_path/name
+    shutil.copy(next((few/'test'/'star').iterdir()), photo)
+    run.rename(folder)
+    data = Path(shutil.copytree(few, tmp_path/f'{name} data'))
+    edit('env.json', data=str(data))(folder)
+    monkeypatch.setattr('sys.stdout', open(tmp_path/'said', 'w'))   # as strict as a file at the shell
+    assert main(['explain', f'./{name}.png', f'--run=./{name}', f'--out={name} out']) == 0
+    assert main(['report', f'./{name}']) == 0
+    assert (tmp_path/f'{name} out'/f'{name}-gradcam.png').stat().st_size > 1000 and (folder/'report.html').stat().st_size > 1000
+    assert os.fsencode(f'{name}/report.html') in (tmp_path/'said').read_bytes()
+
+
+def test_photos_of_one_name_get_pictures_of_their_own(run, few, tmp_path):
+    for d in 'ab': (tmp_path/d).mkdir(); shutil.copy(next((few/'test'/'star').iterdir()), tmp_path/d/'cat.png')
+    assert main(['explain', str(tmp_path/'a'/'cat.png'), str(tmp_path/'b'/'cat.png'), '--run', str(run), '--out', str(tmp_path/'o')]) == 0
+    assert len(list((tmp_path/'o').iterdir())) == 2
+
+
+# --- what cannot be written
+
+@pytest.mark.parametrize('code', [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_what_the_system_says_becomes_a_line_that_names_the_file(tmp_path, code):
+    with pytest.raises(InputError) as e:
+        with writing(tmp_path/'place'): raise OSError(code, os.strerror(code), 'elsewhere')
+    assert str(tmp_path/'place') in str(e.value) and ('disk is full' in str(e.value)) == (code in (errno.ENOSPC, errno.EDQUOT))
+    with pytest.raises(KeyError), writing(tmp_path): raise KeyError('a fault of the program stays one')
+
+
+def test_a_read_only_place_is_named_and_a_run_there_can_still_be_asked(run, few, tmp_path, mounted, monkeypatch, capsys):
+    place = mounted('place', 'size=4m')
+    shutil.copytree(run, place/'run')
+    os.system(f'mount -o remount,ro {place}')
+    monkeypatch.chdir(tmp_path)
+    photo = str(next((few/'test'/'star').iterdir()))
+    for words in (['train', 'davidnet', '--data', str(few), '--out', str(place/'new')], ['demo', '--data', str(few), '--out', str(place)], ['report', str(place/'run')],
+                  ['cam', str(place/'run'), '--k', '1'], ['explain', photo, '--run', str(run), '--out', str(place)], ['report', str(run), str(run), '--out', str(place/'c.html')]):
+        assert main(words) == 2
+        one_line(capsys.readouterr().err, 'Read-only')
+    assert main(['explain', photo, '--run', str(place/'run'), '--out', str(tmp_path)]) == 0
+
+
+def test_a_reader_that_goes_away_is_no_fault(monkeypatch, capfd):
+    read,write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr('cifar_cam.cli.recipe_table', lambda: pd.DataFrame(dict(recipe=['x'])))
+    monkeypatch.setattr('sys.stdout', os.fdopen(write, 'w'))
+    assert main(['recipes'])==1 and capfd.readouterr().err==''
