@@ -68,6 +68,9 @@ def fork():
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['cifar_cam.cli', 'matplotlib.backends.backend_agg', 'pytorch_grad_cam'])
     return context
+
+
+@pytest.fixture(scope='session')
 def few(tmp_path_factory):
     "A very small Shapes10: 100 training and 20 test images"
     return shapes_path(tmp_path_factory.mktemp('few'), n_train=100, n_test=20)

@@ -75,7 +75,7 @@ def test_images_of_any_kind_are_read_alike_in_training_and_in_explaining(data, r
     if mode=='I;16': assert np.asarray(im).max() < 20
     dls = cifar_dls(data, bs=10)
     at = dls.train.items.index(odd)
-    assert np.array_equal(dls.train.images[at].permute(1, 2, 0).numpy(), np.asarray(im.resize((32, 32), Image.Resampling.BICUBIC)))
+    assert np.array_equal(dls.train.memory.images[dls.train.rows[at]].permute(1, 2, 0).numpy(), np.asarray(im.resize((32, 32), Image.Resampling.BICUBIC)))
     assert sum(explained(run, odd).values())==pytest.approx(1, abs=1e-4)
 
 
