@@ -94,10 +94,11 @@ class Bench:
         assert p.exitcode==code, self.log.read_text()
 
     def resume(self, out):
-        "The finished run in `out`, however far it had come"
-        begun = [p.parent for p in out.glob('*/env.json')]
-        self.finish(self.start(['train', '--resume', begun[0]]) if begun else self.train(out))
-        return load_run(begun[0] if begun else next(out.iterdir()))
+        "The finished run in `out`, however far it had come; a folder without env.json is none yet"
+        begun = list(out.glob('*/env.json'))
+        self.finish(self.start(['train', '--resume', begun[0].parent]) if begun else self.train(out))
+        [env] = out.glob('*/env.json')
+        return load_run(env.parent)
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -1,5 +1,6 @@
 "A process that trains and asks for maps all day long stays as it was: no hooks, figures, open files or threads, and no growing memory."
-import gc, os, threading
+import gc, os
+from contextlib import redirect_stdout
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -10,11 +11,9 @@ import torch
 from torch import nn
 
 from cifar_cam.cam import cam_maps
-from cifar_cam.interpret import explain_image
 from cifar_cam.models import MODELS, davidnet
 from cifar_cam.recipes import Recipe, run_recipe
 from cifar_cam.shapes import shapes_path
-from cifar_cam.train import cifar_learner
 
 METHODS = 'gradcam', 'eigencam', 'layercam', 'finercam', 'fullgrad'
 
@@ -36,12 +35,13 @@ def hooks(model):
 
 
 def repeat(pipe, prepare, args, n):
-    "Do one thing `n` times; send what lives, and megabytes, after each"
-    do = prepare(*args)
+    "Do one thing `n` times, quietly; send what lives, and megabytes, after each"
     readings = []
-    for i in range(n):
-        do(i)
-        readings.append((left(), megabytes()))
+    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere):
+        do = prepare(*args)
+        for i in range(n):
+            do(i)
+            readings.append((left(), megabytes()))
     pipe.send(readings)
 
 
