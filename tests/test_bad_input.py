@@ -199,7 +199,7 @@ def test_more_panels_than_a_figure_can_hold_are_refused(run):
 
 def test_a_class_may_be_called_anything(run, tmp_path):
     o = load_run(run)
-    interp,names = o.interp,['$', '$5 and $6', r'$\frac{', 'x^{$_', '%s', '{0}', '</script>', '_hidden', 'a\nb', ' ']
+    interp,names = o.interp,['$', '$5 and $6', r'$\frac{$', 'x^{$_', '%s', '{0}', '</script>', '_hidden', 'a\nb', ' ']
     for i,name in enumerate(names): interp.dl.vocab[i] = name
     assert interp._names==names
     for fig in interp.plot_confusion_matrix(), interp.plot_per_class_accuracy(), interp.plot_images(10, range(10)), interp.plot_cams(2, [0, 19]): fig.savefig(tmp_path/'x.png')
