@@ -6,11 +6,12 @@
 __all__ = ['SCHEDULES', 'AUGMENTS', 'RECIPES', 'SHARED', 'Recipe', 'check_recipe', 'chooses', 'find_recipe', 'change',
            'read_recipe', 'load_published', 'recipe_table', 'recipe_dls', 'recipe_learner', 'pick_lrs', 'fit_recipe',
            'predict', 'History', 'KeepBest', 'save_weights', 'load_weights', 'calibration_error', 'accuracy_interval',
-           'evaluate', 'image_format', 'environment', 'new_run_folder', 'tensorboard_logs', 'run_recipe', 'train_run',
-           'Run', 'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds', 'model_card', 'push_to_hub']
+           'evaluate', 'image_format', 'environment', 'new_run_folder', 'tensorboard_logs', 'check_parts', 'run_recipe',
+           'train_run', 'Run', 'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds', 'model_card',
+           'push_to_hub']
 
 # %% ../nbs/09_recipes.ipynb #9d761650
-import json, platform, tempfile, time
+import json, os, platform, tempfile, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -25,7 +26,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
-from fastai.vision.all import Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, default_device, first
+from fastai.vision.all import (Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, default_device, first, get_model,
+                               num_distrib, partial, rank_distrib)
 from fastprogress import progress_bar
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest, t as student_t
@@ -37,7 +39,8 @@ from .data import CIFAR10, InputError, cifar_dls, data_checksum, data_path
 from .interpret import CamInterpretation
 from .models import MODELS, NORMS, build_model, count_parameters
 from .schedule import Plateau, find_lrs, plot_triangle
-from .train import OPTIMIZERS, Checkpoint, L1Penalty, cifar_learner, save_atomically
+from .train import (OPTIMIZERS, Checkpoint, L1Penalty, cifar_learner, data_parallel, from_all, from_first, join_processes, leave_processes,
+                             one_process, save_atomically, whole_batch)
 
 # %% ../nbs/09_recipes.ipynb #8705d533
 SCHEDULES = 'one-cycle', 'triangle', 'cosine', 'flat-cosine', 'plateau', 'constant'
@@ -235,12 +238,12 @@ def predict(
     dl, # loader of images and targets
     mirror:bool=False, # of the mirrored images
 ) -> tuple:
-    "Logits and targets of all images of `dl`, on the CPU"
+    "Logits and targets of all images of `dl`, on the CPU; in several processes, `dl` is a `shard` and all get all of them"
     logits,targets = [],[]
     learn.model.eval()
-    for x,y in progress_bar(dl, leave=False):
-        logits.append(learn.model(x.flip(-1) if mirror else x).float().cpu())
-        targets.append(y.cpu())
+    for i,(x,y) in enumerate(progress_bar(dl, leave=False, display=not rank_distrib())):
+        logits.append(whole_batch(dl, i, learn.model(x.flip(-1) if mirror else x).float()).cpu())
+        targets.append(whole_batch(dl, i, y).cpu())
     return torch.cat(logits).as_subclass(torch.Tensor), torch.cat(targets).as_subclass(torch.Tensor)
 
 # %% ../nbs/09_recipes.ipynb #64a3f7ec
@@ -266,7 +269,7 @@ class KeepBest(TrackerCallback):
         self.path = Path(path)
     def after_epoch(self):
         super().after_epoch()
-        if self.new_best: save_atomically(lambda f: save_weights(self.model, f), self.path)
+        if self.new_best: save_atomically(lambda f: save_weights(get_model(self.model), f), self.path)
 
 # %% ../nbs/09_recipes.ipynb #c105689f
 def save_weights(
@@ -348,6 +351,13 @@ def _device(name):
     if device.type=='cuda' and not torch.cuda.is_available(): raise InputError(f'device {name!r}: there is no CUDA here; choose cpu')
     return device
 
+def _own_device(name):
+    "Each of several processes on a host has the GPU of its number"
+    device,i,n = torch.device(name),int(os.environ.get('LOCAL_RANK', 0)),torch.cuda.device_count()
+    if device.type!='cuda' or int(os.environ.get('LOCAL_WORLD_SIZE', 1)) < 2: return device
+    if i >= n: raise InputError(f'{platform.node()}: more processes than its {n} GPUs; start one a GPU')
+    return torch.device('cuda', i)
+
 def _cpuinfo():
     path = Path('/proc/cpuinfo')
     return path.read_text().splitlines() if path.exists() else []
@@ -389,6 +399,13 @@ def tensorboard_logs(
     return NumbersCallback(path, trace_model=False, log_preds=False)
 
 # %% ../nbs/09_recipes.ipynb #faef246f
+def check_parts(
+    r:Recipe, # to be trained
+    n:int, # by how many processes
+):
+    "Raises InputError where a batch of `r` cannot be cut into parts of the same size"
+    if n > 1 and r.bs % n: raise InputError(f'bs={r.bs}: does not divide among {n} processes; choose a multiple of {n}')
+
 def run_recipe(
     recipe:str|Recipe, # a name, a TOML file or a recipe
     data:str|Path='cifar10', # 'cifar10', 'shapes', or a folder or .tgz: see `data_path`
@@ -400,31 +417,44 @@ def run_recipe(
     **changes, # fields of the recipe that shall differ
 ) -> 'Run':
     "Train a recipe and write everything about it into a new run folder. Raises InputError before anything is written"
-    r = change(recipe, **changes) if isinstance(recipe, Recipe) else find_recipe(recipe, **changes)
-    env = environment(data, device, seed)
-    path = new_run_folder(r.name, out)
-    _write_json(asdict(r), path/'recipe.json')
-    _write_json(dict(env, published_protocol=published_protocol, tensorboard=tensorboard), path/'env.json')
-    return train_run(path)
+    n = num_distrib()
+    def begin():
+        r = change(recipe, **changes) if isinstance(recipe, Recipe) else find_recipe(recipe, **changes)
+        check_parts(r, n)
+        env = environment(data, device, seed)
+        path = new_run_folder(r.name, out)
+        _write_json(asdict(r), path/'recipe.json')
+        _write_json(dict(env, processes=max(1, n), published_protocol=published_protocol, tensorboard=tensorboard), path/'env.json')
+        return path
+    return train_run(from_first(begin))
 
 # %% ../nbs/09_recipes.ipynb #d9a4b2c2
 def train_run(
     path:str|Path, # a run folder, finished or not
     figures:bool=True, # draw the figures and write the report at the end
 ) -> 'Run':
-    "Train what `path` says, from its last checkpoint if there is one, and write metrics, weights and figures"
-    run = load_run(path)
-    path,r,learn = run.path,run.recipe,run.learn
-    if not run.finished:
-        lrs = run.lrs
+    "Train what `path` says, from its last checkpoint if there is one; the first of several processes writes metrics, weights and figures"
+    run = from_first(load_run, path)
+    if not from_first(lambda: run.finished):
+        path,r = run.path,run.recipe
+        from_first(check_parts, r, num_distrib())
+        lrs = from_first(lambda: (run.learn, run.lrs)[1])  # the first process reads the data first: what it leaves in a cache, the others find
+        learn = run.learn
         cbs = [History(path/'history.csv'), Checkpoint(path/'checkpoint.pt'), *[KeepBest(path/'best.safetensors')]*r.keep_best]
         if run.env['tensorboard']: cbs.append(tensorboard_logs(path/'tensorboard'))
-        fit_recipe(learn, r, lrs, cbs)
+        with data_parallel(learn): fit_recipe(learn, r, lrs, cbs)
+    leave_processes()
+    if rank_distrib(): return run
+    with one_process(): return _finish(run, figures)
+
+def _finish(run, figures):
+    if not run.finished:
+        path,r,learn = run.path,run.recipe,run.learn
         if r.keep_best: load_weights(learn.model, path/'best.safetensors')
         save_atomically(lambda f: save_weights(learn.model, f), path/'weights.safetensors')
         about = dict(epochs=r.epochs, chosen_on=run.chosen_on, **image_format(learn.dls))
         _write_json(dict(evaluate(learn, learn.dls[-1]), **about), path/'metrics.json')
-    run = load_run(path)
+    run = load_run(run.path)
     if figures:
         draw_run(run)
         from cifar_cam.report import write_report  # imported here, because the report stands on this module
@@ -465,7 +495,7 @@ class Run:
     @cached_property
     def dls(self) -> DataLoaders:
         return recipe_dls(self.recipe, self.env['data'], self.env['seed'], hold_out=not self.env['published_protocol'],
-                          device=torch.device(self.env['device']))
+                          device=_own_device(self.env['device']))
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -578,13 +608,17 @@ def run_seeds(
     runs:int=3, # how many seeds
     **kwargs, # more for `run_recipe`
 ) -> Path:
-    "Train `recipe` with several seeds; the folder of their runs also holds `summary.json`"
+    "Train `recipe` with several seeds, shared out among the processes of a launcher; the folder of their runs also holds `summary.json`"
     if runs < 1: raise InputError(f'runs={runs}: at least one is needed')
-    r = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
-    path = new_run_folder(f'{r.name}-{runs}-seeds', out)
-    done = [run_recipe(recipe, data, path, s, **kwargs) for s in range(seed, seed + runs)]
-    summary = seed_summary([o.metrics['accuracy'] for o in done])
-    _write_json(dict(summary, runs=[o.path.name for o in done], accuracies=[o.metrics['accuracy'] for o in done]), path/'summary.json')
+    rank,n = rank_distrib(),max(1, num_distrib())
+    if n > 1: join_processes(hours=500)  # one may have a whole training more to do than another
+    r = from_first(lambda: recipe if isinstance(recipe, Recipe) else find_recipe(recipe))
+    path = from_first(new_run_folder, f'{r.name}-{runs}-seeds', out)
+    with one_process(): mine = [run_recipe(r, data, path, s, **kwargs) for s in range(seed + rank, seed + runs, n)]
+    done = sorted(from_all([(o.env['seed'], o.path.name, o.metrics['accuracy']) for o in mine]))
+    leave_processes()
+    accuracies = [a for _,_,a in done]
+    _write_json(dict(seed_summary(accuracies), runs=[name for _,name,_ in done], accuracies=accuracies), path/'summary.json')
     return path
 
 # %% ../nbs/09_recipes.ipynb #b365b749
