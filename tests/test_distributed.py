@@ -31,32 +31,40 @@ SETTINGS = dict(name='tiny', arch='tiny', epochs=3, bs=32, augment='none', sched
 TWO = TINY + textwrap.dedent('''
     import json, os, sys, torch
     from pathlib import Path
-    from dataclasses import replace
     from fastai.vision.all import Callback, rank_distrib
     from cifar_cam.recipes import *
     from cifar_cam.data import InputError
-    from cifar_cam.train import SeedEpochs
+    from cifar_cam.train import SeedEpochs, StopOnNaN
     from cifar_cam.cli import main
     data,out,stopped = map(Path, sys.argv[1:])
-    rank,r,note = rank_distrib(),RECIPE,{}
+    rank,r,note,states = rank_distrib(),RECIPE,{},[]
 
     seed = SeedEpochs.before_train
     def before_train(self):
         seed(self)
-        note.setdefault('draws', []).append(torch.rand(1).item())
-        note.setdefault('orders', []).append(self.dls.train.rng.random())
+        states.append((torch.initial_seed(), self.dls.train.rng.getstate()[1][:3]))
     SeedEpochs.before_train = before_train
 
+    learns,fit = [],cifar_cam.recipes.fit_recipe
+    def fit_recipe(learn, *args): learns.append(learn); fit(learn, *args)
+    cifar_cam.recipes.fit_recipe = fit_recipe
     run = run_recipe(r, data, out/'together')
-    note.update(folder=run.path.name, lrs=run.learn.recorder.values and run.learn.opt.hypers[0]['lr'], values=[list(v) for v in run.learn.recorder.values],
-                model=type(run.learn.model).__name__, loaders=[dl.n for dl in run.learn.dls.loaders])
+    [learn] = learns
+    note.update(folder=run.path.name, states=states[-r.epochs:], values=[list(v) for v in learn.recorder.values], lrs=learn.recorder.lrs,
+                model=type(learn.model).__name__, loaders=[dl.n for dl in learn.dls.loaders])
     note['resumed'] = train_run(stopped).path.name
-    try: run_recipe(replace(r, lr=1e20), data, out/'diverged')
+    check = StopOnNaN.after_loss
+    def no_number(self):   # in one of the processes
+        if rank and self.iter==3: self.learn.loss_grad = self.loss_grad*float('nan')
+        check(self)
+    StopOnNaN.after_loss = no_number
+    try: run_recipe(r, data, out/'diverged', lr=.01)
     except InputError as e: note['diverged'] = str(e)
+    StopOnNaN.after_loss = check
     note['seeds'] = run_seeds(r, data, out, 5, 3, epochs=1, lr=.02).name
     cifar_cam.train.has_bf16 = lambda device: True
     run = run_recipe(r, data, out/'bf16', epochs=1, lr=.02)
-    note['bf16'] = 'forward' in vars(run.learn.model)
+    note['bf16'] = 'forward' in vars(learns[-1].model)
     (out/f'rank{rank}.json').write_text(json.dumps(note))
     note['exit'] = main(['train', 'davidnet', '--data', str(out/'nowhere'), '--out', str(out/'nothing')])
     (out/f'rank{rank}.json').write_text(json.dumps(note))
@@ -178,13 +186,14 @@ def test_two_processes_give_the_numbers_of_one(two, whole):
 
 def test_all_processes_decide_alike_and_know_the_folder(two):
     a,b = two[1]
-    assert a['folder'] == b['folder'] and a['lrs'] == b['lrs'] and a['orders'] == b['orders']
+    assert a['folder'] == b['folder'] and a['lrs'] == b['lrs']
     assert [v[2:] for v in a['values']] == [v[2:] for v in b['values']]   # of the validation images, to the last bit
     assert len(list((two[0]/'together').iterdir())) == 1
 
 
-def test_each_process_draws_its_own_augmentation(two):
-    assert not set(two[1][0]['draws']) & set(two[1][1]['draws'])
+def test_each_process_draws_its_own_augmentation_in_the_order_of_all(two):
+    (draws_a,order_a),(draws_b,order_b) = (zip(*note['states']) for note in two[1])
+    assert order_a == order_b and len(set(draws_a + draws_b)) == 2*SETTINGS['epochs']
 
 
 def test_nothing_is_left_on_the_learner(two):
@@ -204,7 +213,7 @@ def test_a_run_of_one_process_goes_on_in_two(two, stopped, whole):
 
 def test_a_loss_that_is_no_number_stops_all_at_the_same_step(two):
     a,b = (note['diverged'] for note in two[1])
-    assert a == b and 'at learning rate 1e+20' in a
+    assert a == b and 'the loss is nan in epoch 0, step 3' in a
 
 
 def test_seeds_are_shared_out(two, shapes, tiny, tmp_path):
