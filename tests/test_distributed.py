@@ -252,7 +252,7 @@ def test_the_command_in_two_processes_prints_as_in_one(tmp_path):
     done = torchrun(*words, '--runs', 2)
     assert done.returncode == 0, done.stderr
     assert (Path(done.stdout.strip().splitlines()[-1])/'summary.json').exists()
-    for wrong in ['--runs', 0], ['--set', 'norm'], ['--bs', 9], ['--colour']:
+    for wrong in ['--colour'], ['--bs', 9]:   # found before the processes meet, and after
         done = torchrun(*words, *wrong)
         assert done.returncode == 1 and done.stderr.count('cifar-cam: ') == 1 and not done.stdout.strip(), done.stderr
 
