@@ -14,6 +14,7 @@ from pathlib import Path
 import fastprogress.fastprogress as fastprogress
 import matplotlib
 import matplotlib.pyplot as plt
+from fastai.vision.all import rank_distrib
 from fastcore.script import anno_parser, store_true
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from .recipes import (Recipe, find_recipe, folder_for, load_run, pick_lrs, recip
                                train_run)
 from .report import compare_runs, write_report
 from .score import CAM_METHODS, score_run
-from .train import save_atomically
+from .train import one_process, save_atomically, say_once
 
 Setting = Annotated[str, {'action':'append', 'metavar':'KEY=VALUE'}]
 
@@ -64,6 +65,7 @@ def train(
     kwargs = dict(published_protocol=published_protocol, tensorboard=tensorboard, device=device, **changes)
     if runs==1: return _say(run_recipe(recipe, data, out, seed, **kwargs))
     path = run_seeds(recipe, data, out, seed, runs, **kwargs)
+    if rank_distrib(): return
     print((path/'summary.json').read_text())
     print(path)
 
@@ -76,6 +78,7 @@ def _changes(settings, **given):
     return {k: v for k,_,v in pairs} | {k: v for k,v in given.items() if v is not None}
 
 def _say(run):
+    if rank_distrib(): return
     m = run.metrics
     print(f"accuracy {100*m['accuracy']:.2f} % on {m['images']:,} test images, {100*m['accuracy_tta']:.2f} % with {m['tta']} TTA; "
           f"{run.chosen_on}")
@@ -204,6 +207,7 @@ def main(
 ) -> int:
     "Run a command. 0: done; 2: the input is wrong, one line on stderr; 130: Ctrl-C; 143: SIGTERM"
     matplotlib.use('Agg')
+    if rank_distrib(): sys.stdout = open(os.devnull, 'w')  # of several processes the first one prints
     # fastprogress asks for `stdout.isatty`, not for what it returns; a log file should get plain lines
     if not sys.stdout.isatty():
         fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
@@ -211,10 +215,14 @@ def main(
     try:
         args = vars(parser().parse_args(argv))
         command = COMMANDS[args.pop('command').replace('-', '_')]
-        with _sigterm_is_as_ctrl_c(): command(**{k: v for k,v in args.items() if k not in ('pdb', 'xtra')})
+        args = {k: v for k,v in args.items() if k not in ('pdb', 'xtra')}
+        with _sigterm_is_as_ctrl_c():
+            if command in (demo, train): command(**args)
+            elif not rank_distrib():
+                with one_process(): command(**args)  # nothing to share out
         sys.stdout.flush()
     except InputError as e:
-        print(f'cifar-cam: {e}', file=sys.stderr)
+        say_once(lambda: print(f'cifar-cam: {e}', file=sys.stderr))
         return 2
     except OSError as e:
         if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT): raise

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_path, untar_data
 from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, Image, ImageBlock, L, Normalize, PILImage, Pipeline, TensorCategory,
-                               TensorImage, TfmdDL, TfmdLists, Transform, chunked, cifar_stats, get_image_files, ndarray, parent_label)
+                               TensorImage, TfmdDL, TfmdLists, Transform, chunked, cifar_stats, get_image_files, ndarray, parent_label, rank_distrib)
 from PIL import ImageOps, UnidentifiedImageError
 from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
@@ -267,6 +267,7 @@ def save_atomically(
     path:Path, # where the file is to be
 ):
     "Call `write` on a temporary file beside `path`, then rename it: `path` is the old file or the new one, never half of it"
+    if rank_distrib(): return  # the first of several processes writes, as in fastai's `save`
     # a name that nobody can know before: at a known one, a run of another's making could have a link that leads out of it
     tmp = Path(path).with_name(f'.{Path(path).name[:40]}.{secrets.token_hex(8)}.{os.getpid()}.tmp')
     try:

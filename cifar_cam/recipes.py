@@ -7,11 +7,11 @@ __all__ = ['SCHEDULES', 'AUGMENTS', 'RECIPES', 'ENV', 'METRICS', 'SHARED', 'Reci
            'change', 'read_recipe', 'load_published', 'recipe_table', 'recipe_dls', 'recipe_learner', 'pick_lrs',
            'fit_recipe', 'predict', 'History', 'KeepBest', 'save_weights', 'load_weights', 'calibration_error',
            'accuracy_interval', 'evaluate', 'image_format', 'environment', 'new_run_folder', 'folder_for',
-           'tensorboard_logs', 'run_recipe', 'train_run', 'read_record', 'read_history', 'read_lrs', 'Run', 'load_run',
-           'plot_curves', 'draw_run', 'seed_summary', 'run_seeds', 'model_card', 'push_to_hub']
+           'tensorboard_logs', 'check_parts', 'run_recipe', 'train_run', 'read_record', 'read_history', 'read_lrs',
+           'Run', 'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds', 'model_card', 'push_to_hub']
 
 # %% ../nbs/09_recipes.ipynb #9d761650
-import json, platform, reprlib, shlex, shutil, tempfile, time
+import json, os, platform, reprlib, shlex, shutil, tempfile, time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, wraps
@@ -27,7 +27,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
-from fastai.vision.all import Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, SchedLin, default_device, first
+from fastai.vision.all import (Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, SchedLin, default_device, first,
+                               get_model, num_distrib, partial, rank_distrib)
 from fastprogress import progress_bar
 from safetensors.torch import load, save
 from scipy.stats import binomtest, t as student_t
@@ -39,7 +40,8 @@ from .data import CIFAR10, InputError, check_seed, cifar_dls, data_checksum, dat
 from .interpret import CamInterpretation
 from .models import MODELS, NORMS, build_model, count_parameters
 from .schedule import Plateau, find_lrs, plot_triangle
-from .train import OPTIMIZERS, Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, cifar_learner, remove_leftovers, save_atomically
+from .train import (OPTIMIZERS, Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, cifar_learner, data_parallel, from_all,
+                             from_first, join_processes, leave_processes, one_process, remove_leftovers, save_atomically, whole_batch)
 
 # %% ../nbs/09_recipes.ipynb #8705d533
 SCHEDULES = 'one-cycle', 'triangle', 'linear', 'cosine', 'flat-cosine', 'plateau', 'constant'
@@ -253,12 +255,12 @@ def predict(
     dl, # loader of images and targets
     view=None, # batch → the same images seen otherwise: see `TTA`
 ) -> tuple:
-    "Logits and targets of all images of `dl`, on the CPU"
+    "Logits and targets of all images of `dl`, on the CPU; in several processes, `dl` is a `shard` and all get all of them"
     logits,targets = [],[]
     learn.model.eval()
-    for x,y in progress_bar(dl, leave=False):
-        logits.append(learn.model(view(x) if view else x).float().cpu())
-        targets.append(y.cpu())
+    for i,(x,y) in enumerate(progress_bar(dl, leave=False, display=not rank_distrib())):
+        logits.append(whole_batch(dl, i, learn.model(view(x) if view else x).float()).cpu())
+        targets.append(whole_batch(dl, i, y).cpu())
     return torch.cat(logits).as_subclass(torch.Tensor), torch.cat(targets).as_subclass(torch.Tensor)
 
 # %% ../nbs/09_recipes.ipynb #64a3f7ec
@@ -285,7 +287,7 @@ class KeepBest(TrackerCallback):
         self.path = Path(path)
     def after_epoch(self):
         super().after_epoch()
-        if self.new_best: save_atomically(lambda f: save_weights(self.model, f), self.path)
+        if self.new_best: save_atomically(lambda f: save_weights(get_model(self.model), f), self.path)
 
 # %% ../nbs/09_recipes.ipynb #c105689f
 def save_weights(
@@ -374,6 +376,13 @@ def _device(name):
     if device.type=='cuda' and not torch.cuda.is_available(): raise InputError(f'device {name!r}: there is no CUDA here; choose cpu')
     return device
 
+def _own_device(name):
+    "Each of several processes on a host has the GPU of its number"
+    device,i,n = torch.device(name),int(os.environ.get('LOCAL_RANK', 0)),torch.cuda.device_count()
+    if device.type!='cuda' or int(os.environ.get('LOCAL_WORLD_SIZE', 1)) < 2: return device
+    if i >= n: raise InputError(f'{platform.node()}: more processes than its {n} GPUs; start one a GPU')
+    return torch.device('cuda', i)
+
 def _cpuinfo():
     path = Path('/proc/cpuinfo')
     return path.read_text().splitlines() if path.exists() else []
@@ -430,6 +439,13 @@ def tensorboard_logs(
     return NumbersCallback(path, trace_model=False, log_preds=False)
 
 # %% ../nbs/09_recipes.ipynb #faef246f
+def check_parts(
+    r:Recipe, # to be trained
+    n:int, # by how many processes
+):
+    "Raises InputError where a batch of `r` cannot be cut into parts of the same size"
+    if n > 1 and r.bs % n: raise InputError(f'bs={r.bs}: does not divide among {n} processes; choose a multiple of {n}')
+
 def run_recipe(
     recipe:str|Recipe, # a name, a TOML file or a recipe
     data:str|Path='cifar10', # 'cifar10', 'shapes', or a folder or .tgz: see `data_path`
@@ -441,17 +457,27 @@ def run_recipe(
     **changes, # fields of the recipe that shall differ
 ) -> 'Run':
     "Train a recipe and write everything about it into a new run folder. Raises InputError before anything is written"
-    r = change(recipe, **changes) if isinstance(recipe, Recipe) else find_recipe(recipe, **changes)
-    env = environment(data, device, seed)
-    with folder_for(out):
+    n = num_distrib()
+    def begin():
+        r = change(recipe, **changes) if isinstance(recipe, Recipe) else find_recipe(recipe, **changes)
+        check_parts(r, n)
+        env = environment(data, device, seed)
         path = new_run_folder(r.name, out)
-        try:
+        with _kept_if_begun(path):
             _write_json(asdict(r), path/'recipe.json')
-            _write_json(dict(env, published_protocol=published_protocol, tensorboard=tensorboard), path/'env.json')
-            return train_run(path)
-        except InputError:
-            if not (path/'checkpoint.pt').exists(): shutil.rmtree(path)  # nothing to go on from
-            raise
+            _write_json(dict(env, processes=max(1, n), published_protocol=published_protocol, tensorboard=tensorboard), path/'env.json')
+        return path
+    with nullcontext() if rank_distrib() else folder_for(out):
+        path = from_first(begin)
+        with _kept_if_begun(path): return train_run(path)
+
+@contextmanager
+def _kept_if_begun(path):
+    "Where the input turns out to be wrong before a first checkpoint, there is nothing to go on from"
+    try: yield
+    except InputError:
+        if not rank_distrib() and not (path/'checkpoint.pt').exists(): shutil.rmtree(path)
+        raise
 
 # %% ../nbs/09_recipes.ipynb #f2dd19fb
 def _says_how_to_go_on(train):
@@ -468,21 +494,30 @@ def train_run(
     path:str|Path, # a run folder, finished or not
     figures:bool=True, # draw the figures and write the report at the end
 ) -> 'Run':
-    "Train what `path` says, from its last checkpoint if there is one, and write metrics, weights and figures"
-    run = load_run(path)
-    path,r,learn = run.path,run.recipe,run.learn
-    remove_leftovers(path)
-    if not run.finished:
-        lrs = run.lrs
+    "Train what `path` says, from its last checkpoint if there is one; the first of several processes writes metrics, weights and figures"
+    run = from_first(load_run, path)
+    if not rank_distrib(): remove_leftovers(run.path)
+    if not from_first(lambda: run.finished):
+        path,r = run.path,run.recipe
+        from_first(check_parts, r, num_distrib())
+        lrs = from_first(lambda: (run.learn, run.lrs)[1])  # the first process reads the data first: what it leaves in a cache, the others find
+        learn = run.learn
         cbs = [History(path/'history.csv'), Checkpoint(path/'checkpoint.pt'), *[KeepBest(path/'best.safetensors')]*r.keep_best]
         if run.env['tensorboard']: cbs.append(tensorboard_logs(path/'tensorboard'))
-        fit_recipe(learn, r, lrs, cbs)
+        with data_parallel(learn): fit_recipe(learn, r, lrs, cbs)
+    leave_processes()
+    if rank_distrib(): return run
+    with one_process(): return _finish(run, figures)
+
+def _finish(run, figures):
+    if not run.finished:
+        path,r,learn = run.path,run.recipe,run.learn
         if r.keep_best: load_weights(learn.model, path/'best.safetensors')
         save_atomically(lambda f: save_weights(learn.model, f), path/'weights.safetensors')
         about = dict(epochs=r.epochs, chosen_on=run.chosen_on, **image_format(learn.dls))
         _write_json(dict(evaluate(learn, learn.dls[-1], r.tta), **about), path/'metrics.json')
-    dls,run = run.dls,load_run(path)
-    run.dls = dls  # read once
+    dls,run = vars(run).get('dls'),load_run(run.path)
+    if dls is not None: run.dls = dls  # read once
     if figures:
         draw_run(run)
         from cifar_cam.report import write_report  # imported here, because the report stands on this module
@@ -575,7 +610,7 @@ class Run:
     def dls(self) -> DataLoaders:
         data,device = self.env['data'],self.env['device']
         if data_checksum(data_path(data)) != self.env['data_checksum']: raise InputError(f'{data}: are not the images that {self.path} was trained on; put those back')
-        with suppress(InputError) if self.finished else nullcontext(): device = _device(device)
+        with suppress(InputError) if self.finished else nullcontext(): device = _own_device(_device(device))
         if not isinstance(device, torch.device): device = _device(None)  # to look at a finished run, another device will do
         dls = recipe_dls(self.recipe, data, self.env['seed'], hold_out=not self.env['published_protocol'], device=device)
         if self.finished and [str(c) for c in dls.vocab] != list(self.metrics['class_accuracy']):
@@ -693,18 +728,23 @@ def run_seeds(
     runs:int=3, # how many seeds
     **kwargs, # more for `run_recipe`
 ) -> Path:
-    "Train `recipe` with several seeds; the folder of their runs also holds `summary.json`"
+    "Train `recipe` with several seeds, shared out among the processes of a launcher; the folder of their runs also holds `summary.json`"
     if runs < 1: raise InputError(f'runs={runs}: at least one is needed')
-    r = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
     for s in seed, seed + runs - 1: check_seed(s)
-    with folder_for(out):
-        path = new_run_folder(f'{r.name}-{runs}-seeds', out)
-        try: done = [run_recipe(recipe, data, path, s, **kwargs) for s in range(seed, seed + runs)]
+    rank,n = rank_distrib(),max(1, num_distrib())
+    if n > 1: join_processes(hours=500)  # one may have a whole training more to do than another
+    r = from_first(lambda: recipe if isinstance(recipe, Recipe) else find_recipe(recipe))
+    with nullcontext() if rank else folder_for(out):
+        path = from_first(new_run_folder, f'{r.name}-{runs}-seeds', out)
+        try:
+            with one_process(): mine = [run_recipe(r, data, path, s, **kwargs) for s in range(seed + rank, seed + runs, n)]
         except InputError:
             with suppress(OSError): path.rmdir()  # where it is still empty
             raise
-    summary = seed_summary([o.metrics['accuracy'] for o in done])
-    _write_json(dict(summary, runs=[o.path.name for o in done], accuracies=[o.metrics['accuracy'] for o in done]), path/'summary.json')
+    done = sorted(from_all([(o.env['seed'], o.path.name, o.metrics['accuracy']) for o in mine]))
+    leave_processes()
+    accuracies = [a for _,_,a in done]
+    _write_json(dict(seed_summary(accuracies), runs=[name for _,name,_ in done], accuracies=accuracies), path/'summary.json')
     return path
 
 # %% ../nbs/09_recipes.ipynb #b365b749

@@ -67,7 +67,9 @@ def run_command(
     base,about = RECIPES.get(r.name),('published', 'published_as')
     changed = {} if base is None else {k: v for k,v in asdict(r).items() if v != getattr(base, k) and k not in about}
     toml = '' if base else ''.join(f'{k} = {json.dumps(v, ensure_ascii=False)}\n' for k,v in asdict(r).items() if v is not None)
-    words = ['cifar-cam', 'train', r.name if base else f'{r.name}.toml', '--data', env['data'], '--seed', env['seed'], '--device', env['device']]
+    n = env.get('processes', 1)
+    launch = ['torchrun', '--standalone', '--nproc-per-node', n, '-m', 'cifar_cam'] if n > 1 else ['cifar-cam']
+    words = [*launch, 'train', r.name if base else f'{r.name}.toml', '--data', env['data'], '--seed', env['seed'], '--device', env['device']]
     for k,v in changed.items(): words += [f'--{k}', v] if k in ('epochs', 'bs') else ['--set', f'{k}={v}']
     return shlex.join(map(str, words + ['--published-protocol']*env['published_protocol'])),toml
 

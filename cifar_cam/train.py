@@ -4,23 +4,30 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'has_bf16', 'Bf16', 'SeedEpochs', 'LogLR', 'L1Penalty', 'StopOnNaN', 'UpdateRatio', 'plot_update_ratios',
-           'CifarLearner', 'CrossEntropy', 'DeviceLoss', 'DeviceSmoothLoss', 'Accuracy', 'LightRecorder',
-           'LightProgress', 'remove_leftovers', 'Checkpoint', 'orthogonalize', 'Muon', 'ProgressiveResize',
-           'FreezeWhitening', 'opt_func', 'cifar_learner']
+           'one_process', 'join_processes', 'leave_processes', 'from_first', 'from_all', 'say_once', 'shard',
+           'whole_batch', 'GatherBatches', 'data_parallel', 'CifarLearner', 'CrossEntropy', 'DeviceLoss',
+           'DeviceSmoothLoss', 'Accuracy', 'LightRecorder', 'LightProgress', 'remove_leftovers', 'Checkpoint',
+           'orthogonalize', 'Muon', 'ProgressiveResize', 'FreezeWhitening', 'opt_func', 'cifar_learner']
 
 # %% ../nbs/05_train.ipynb #4f1f6a88
 import os, random
-from functools import wraps
+import os, random
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import cache, wraps
+from itertools import count
 from time import perf_counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from fastai.vision.all import (AvgLoss, AvgSmoothLoss, Callback, CancelEpochException, CastToTensor, CrossEntropyLossFlat, DataLoaders, Learner, Metric, OptimWrapper,
-                               ProgressCallback, Recorder, TrainEvalCallback, partial)
-from torch import nn, optim
+from fastai.vision.all import (AvgLoss, AvgSmoothLoss, Callback, CancelEpochException, CastToTensor, CrossEntropyLossFlat, DataLoaders,
+                               Learner, Metric, OptimWrapper, ProgressCallback, Recorder, TfmdDL, TrainEvalCallback, chunked, get_model,
+                               maybe_gather, num_distrib, partial, rank_distrib)
+from torch import distributed as dist, nn, optim
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from .data import InputError, check_seed, save_atomically
 from .models import build_model
@@ -58,7 +65,9 @@ class SeedEpochs(Callback):
     ): self.seed = seed
     def before_train(self):
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(4)
-        random.seed(int(state[0])); np.random.seed(state[1]); torch.manual_seed(int(state[2]))
+        # the order of the images is the same in all processes; what is drawn for each image is not
+        own = np.random.SeedSequence((self.seed, self.epoch, rank_distrib())).generate_state(3)
+        random.seed(int(own[0])); np.random.seed(own[1]); torch.manual_seed(int(own[2]))
         self.dls.train.rng,self.dls.train.epoch = random.Random(int(state[3])),self.epoch
 
 # %% ../nbs/05_train.ipynb #9a6b4855
@@ -88,7 +97,8 @@ class StopOnNaN(Callback):
     "Stop as soon as the loss is not a finite number, and say at which step and learning rate. Raises InputError"
     order,run_valid = -5,False
     def after_loss(self):
-        if not torch.isfinite(self.loss_grad): self._stop(f'the loss is {self.loss_grad.item()}')
+        loss = maybe_gather(self.loss_grad.detach())  # all processes stop at the same step
+        if not torch.isfinite(loss): self._stop(f'the loss is {loss.item()}')
     def after_train(self):
         # what the epoch's last step spoils shows in no loss before the checkpoint is written
         if not all(o.isfinite().all() for o in self.model.state_dict().values()): self._stop('a weight is not a finite number')
@@ -136,6 +146,130 @@ def plot_update_ratios(
     axs[0,0].set_ylabel('‖step‖ / ‖weights‖')
     return fig
 
+# %% ../nbs/05_train.ipynb #e86cf72f
+@contextmanager
+def one_process():
+    "Inside, fastai sees one process, whatever launched it: for what one of several does alone"
+    launched = {k: os.environ.pop(k) for k in ('RANK', 'WORLD_SIZE') if k in os.environ}
+    try: yield
+    finally: os.environ.update(launched)
+
+# %% ../nbs/05_train.ipynb #5f644dca
+_meetings = count()
+
+@cache
+def _store(): return next(dist.rendezvous('env://'))[0]
+
+# %% ../nbs/05_train.ipynb #da4ad900
+def join_processes(
+    hours:float=1, # how long one waits for another
+):
+    "Meet the other processes of the launcher. Each of a host gets a GPU of its own, if there are GPUs"
+    if dist.is_initialized(): return
+    gpu = int(os.environ.get('LOCAL_RANK', 0))
+    if gpu < torch.cuda.device_count(): torch.cuda.set_device(gpu)
+    store = dist.PrefixStore(f'meeting {next(_meetings)}', _store())  # a second meeting must not find the addresses of the first
+    dist.init_process_group(store=store, rank=rank_distrib(), world_size=num_distrib(), timeout=timedelta(hours=hours))
+
+def leave_processes():
+    "The others are needed no more"
+    if num_distrib() > 1 and dist.is_initialized(): dist.destroy_process_group()
+
+# %% ../nbs/05_train.ipynb #bfc62c98
+def from_first(
+    f, # called in the first process alone
+    *args, # of `f`
+):
+    "What `f` returns in the first process, in every process; also the InputError that it raises"
+    if num_distrib() < 2: return f(*args)
+    join_processes()
+    out = [None]
+    if not rank_distrib():
+        try:
+            with one_process(): out = [f(*args)]
+        except InputError as e: out = [e]
+    dist.broadcast_object_list(out)
+    if isinstance(out[0], InputError): raise out[0]
+    return out[0]
+
+def from_all(
+    items:list, # of this process
+) -> list:
+    "The items of all processes, in each of them"
+    if num_distrib() < 2: return items
+    lists = [None]*num_distrib()
+    dist.all_gather_object(lists, items)
+    return sum(lists, [])
+
+# %% ../nbs/05_train.ipynb #f61735e7
+def say_once(
+    say, # prints
+):
+    "Call `say` in the first process that gets here"
+    if num_distrib() < 2: return say()
+    try:
+        if _store().add('speakers', 1)==1: say(); _store().set('said', '')
+        else: _store().wait(['said'], timedelta(seconds=60))
+    except RuntimeError: say()  # whoever kept count is gone
+
+# %% ../nbs/05_train.ipynb #acdf021d
+def shard(
+    dl:TfmdDL, # of whole batches
+    rank:int, # which part
+    n:int, # of how many
+) -> TfmdDL:
+    "A loader like `dl` of part `rank` of each of its batches"
+    part = dl.new(bs=-(-dl.bs//n))
+    def get_idxs():
+        dl.rng,idxs = part.rng,[]
+        for batch in chunked(dl.get_idxs(), dl.bs, dl.drop_last):
+            k = -(-len(batch)//n)
+            idxs += (batch*n)[rank*k:(rank + 1)*k]
+        return idxs
+    part.get_idxs,part.whole = get_idxs,dl
+    part.n = len(get_idxs())
+    return part
+
+def whole_batch(
+    dl, # a `shard`, or any loader
+    i:int, # number of the batch
+    part:torch.Tensor, # of what this process made of its part
+) -> torch.Tensor:
+    "What all processes made of batch `i`, in its order; `part` itself if `dl` is no `shard`"
+    if (dl := vars(dl).get('whole')) is None: return part
+    parts = [torch.empty_like(part) for _ in range(num_distrib())]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)[:min(dl.bs, dl.n - i*dl.bs)]
+
+# %% ../nbs/05_train.ipynb #f87c55ba
+class GatherBatches(Callback):
+    "Predictions and targets of whole batches while validating in several processes"
+    run_train = False
+    def after_pred(self):
+        whole = partial(whole_batch, self.dl, self.iter)
+        self.learn.pred,self.learn.yb = whole(self.pred),tuple(whole(y) for y in self.yb)
+
+@contextmanager
+def data_parallel(
+    learn:Learner, # of this process
+):
+    "Inside, `learn` trains together with those of the other processes of the launcher, beginning with the first one's weights"
+    n,rank,gpu = num_distrib(),rank_distrib(),learn.dls.device.type=='cuda'
+    if n < 2:
+        yield
+        return
+    join_processes()
+    loaders,layout = learn.dls.loaders,torch.channels_last if hasattr(learn, 'bf16') else torch.contiguous_format
+    model = learn.model.to(learn.dls.device, memory_format=layout)  # of all the same, though one has run the LR finder
+    learn.model = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model,
+                                          device_ids=[learn.dls.device] if gpu else None)
+    learn.dls.loaders = [shard(dl, rank, n) for dl in loaders]
+    with ExitStack() as stack:
+        stack.enter_context(learn.added_cbs(GatherBatches()))
+        if rank: stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
+        try: yield
+        finally: learn.model,learn.dls.loaders = get_model(learn.model),loaders
+
 # %% ../nbs/05_train.ipynb #cfc7dbbf
 class CifarLearner(Learner):
     "A fastai `Learner` that calls only the callbacks which wait for an event, and whose `fit` can begin at a later epoch. Raises InputError for a batch too large for the GPU's memory"
@@ -173,13 +307,13 @@ class DeviceLoss(AvgLoss):
     "`AvgLoss` that stays on the device"
     def accumulate(self, learn):
         n = len(learn.yb[0])
-        self.total,self.count = self.total + learn.loss.detach().mean()*n,self.count + n
+        self.total,self.count = self.total + maybe_gather(learn.loss.detach().mean())*n,self.count + n
 
 class DeviceSmoothLoss(AvgSmoothLoss):
     "`AvgSmoothLoss` that stays on the device"
     def accumulate(self, learn):
         self.count += 1
-        loss = learn.loss.detach().mean().as_subclass(torch.Tensor)
+        loss = maybe_gather(learn.loss.detach().mean().as_subclass(torch.Tensor))
         self.val = torch.lerp(loss, self.val.to(loss).as_subclass(torch.Tensor), self.beta)
 
 class Accuracy(Metric):
@@ -188,9 +322,10 @@ class Accuracy(Metric):
     def reset(self): self.hits,self.count = 0,0
     def accumulate(self, learn):
         y = learn.yb[0]
-        self.hits,self.count = self.hits + (learn.pred.detach().argmax(1)==y).sum(),self.count + len(y)
+        hits = (learn.pred.detach().argmax(1)==y).sum().double()
+        self.hits,self.count = self.hits + maybe_gather(hits),self.count + len(y)
     @property
-    def value(self): return int(self.hits)/self.count if self.count else None
+    def value(self): return float(self.hits)/self.count if self.count else None
 
 # %% ../nbs/05_train.ipynb #87ee887f
 class LightRecorder(Recorder):
@@ -261,17 +396,23 @@ class Checkpoint(Callback):
     _watched = 'best', 'wait', 'new_best'
     def _watchers(self): return [cb for cb in self.learn.cbs if hasattr(cb, 'best')]
 
+    def _read(self): return torch.load(self.path, map_location='cpu', weights_only=True) if self.path.exists() else None
+
     def before_fit(self):
         self.learn.first_epoch = 0
-        if not self.path.exists() or hasattr(self.learn, 'gather_preds'): return
-        try: self._restore(torch.load(self.path, map_location='cpu', weights_only=True))
-        except Exception as e: # of another network, cut off, or made to do harm
-            why = 'it holds more than arrays and numbers' if type(e).__name__=='UnpicklingError' else (str(e) or type(e).__name__).splitlines()[0]
-            raise InputError(f'{self.path}: not a checkpoint of this training ({why}); delete it to begin anew') from None
+        if hasattr(self.learn, 'gather_preds'): return
+        state = from_first(self._read)
+        if state is None: return
+        try: self._restore(state)
+        except Exception as e: raise self._refused(e) from None  # of another network
+
+    def _refused(self, e):
+        why = 'it holds more than arrays and numbers' if type(e).__name__=='UnpicklingError' else (str(e) or type(e).__name__).splitlines()[0]
+        return InputError(f'{self.path}: not a checkpoint of this training ({why}); delete it to begin anew')
 
     def _restore(self, state):
         if not isinstance(state['epochs'], int) or state['epochs'] < 0: raise ValueError(f"epochs={state['epochs']}")
-        self.model.load_state_dict(state['model'])
+        get_model(self.model).load_state_dict(state['model'])
         self.opt.load_state_dict(state['opt'])
         for cb in self._watchers(): cb.__dict__.update({k: state['watchers'][cb.name][k] for k in self._watched if k in state['watchers'][cb.name]})
         smooth = self.recorder.smooth_loss
@@ -281,7 +422,7 @@ class Checkpoint(Callback):
     def after_epoch(self):
         watchers = {cb.name: {k: v for k,v in vars(cb).items() if k in self._watched} for cb in self._watchers()}
         smooth = self.recorder.smooth_loss
-        state = dict(model=self.model.state_dict(), opt=self.opt.state_dict(), epochs=self.epoch + 1, watchers=watchers,
+        state = dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), epochs=self.epoch + 1, watchers=watchers,
                      smooth_loss=(smooth.count, smooth.val.as_subclass(torch.Tensor)))
         save_atomically(partial(torch.save, _plain(state)), self.path)
 

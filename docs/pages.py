@@ -179,7 +179,7 @@ def _section(folder, name, m, env, r, built_in, protocol):
 
 def _toctree(caption, entries): return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *entries, '```'])
 
-HOW_TO = 'own-recipe', 'own-images', 'own-network', 'repeat'
+HOW_TO = 'own-recipe', 'own-images', 'own-network', 'repeat', 'several-gpus'
 
 def gather():
     "Everything that the site is built from: path on the site → bytes"
