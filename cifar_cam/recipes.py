@@ -554,7 +554,7 @@ def read_history(
 ) -> pd.DataFrame:
     "A row for each epoch. Raises InputError where columns are missing or are no numbers"
     needed = 'epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy', 'lr'
-    try: h = pd.read_csv(path, float_precision='round_trip')  # rows that are there stay as they are, to the last digit
+    try: h = pd.read_csv(path, engine='python')  # which reads a number to its last digit
     except Exception as e: raise InputError(f'{path}: cannot be read ({e})') from None
     bad = [k for k in dict.fromkeys([*needed, *h]) if k not in h or not pd.api.types.is_numeric_dtype(h[k])]
     if bad: raise InputError(f'{path}: the column {bad[0]!r} is missing or holds other things than numbers')

@@ -142,7 +142,7 @@ def check_same(run, whole):
     assert names(run.path) == names(whole.path)
     for f in 'recipe.json', 'lrs.json', 'metrics.json', 'weights.safetensors', 'best.safetensors', *(f'figures/{p.name}' for p in whole.path.glob('figures/*.png')):
         assert (run.path/f).read_bytes() == (whole.path/f).read_bytes(), f
-    rows = lambda o: [line.rsplit(',', 1)[0] for line in (o.path/'history.csv').read_text().splitlines()]
+    rows = lambda o: [line.rsplit(',', 2)[0] for line in (o.path/'history.csv').read_text().splitlines()]
     assert rows(run) == rows(whole)
     a,b = (torch.load(o.path/'checkpoint.pt', weights_only=True) for o in (run, whole))
     assert a['epochs'] == b['epochs'] and all(torch.equal(a['model'][k], b['model'][k]) for k in b['model'])

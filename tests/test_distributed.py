@@ -81,7 +81,7 @@ def near(a, b, tol=1e-4): return np.allclose(a, b, rtol=tol, atol=tol)
 
 
 def same_history(a, b, tol=1e-4):
-    a,b = (h.drop(columns='seconds') for h in (a, b))
+    a,b = (h.drop(columns=['train_seconds', 'seconds']) for h in (a, b))
     return list(a.columns) == list(b.columns) and near(a, b, tol)
 
 
