@@ -14,10 +14,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 from fastai.data.external import fastai_path
 
-# %% ../nbs/00_shapes.ipynb #d63fc077
-class InputError(ValueError):
-    "What the user gave is wrong. The message is one line that names it and the mend"
-
 # %% ../nbs/00_shapes.ipynb #7c56e46e
 def _polar(r, a): return np.stack([r*np.sin(a), -r*np.cos(a)], axis=-1) # angle from 12 o'clock, y down as in images
 def _turn(n): return np.linspace(0, 2*np.pi, n, endpoint=False)
@@ -107,6 +103,10 @@ def _background(rng, x, y, back, back2):
         d = np.hypot(np.maximum(np.abs(along)-half, 0), across) # to a segment: a dot or a sprinkle
         img += (_colour(rng, (.15,.9), (.4,.95))-img) * np.clip(.5 + (r-d)*len(x), 0, 1)[...,None]
     return img + rng.normal(0, rng.uniform(0, 10), (*x.shape, 1))
+
+# %% ../nbs/00_shapes.ipynb #d63fc077
+class InputError(ValueError):
+    "What the user gave is wrong. The message is one line that names it and the mend"
 
 # %% ../nbs/00_shapes.ipynb #cc046322
 _REACH = max(np.hypot(*xy.T).max() for xy in OUTLINES.values()) # of the longest point of any class
