@@ -171,6 +171,7 @@ def _index(t, n, vocab):
     if not 0 <= (i := operator.index(t)) < n: raise InputError(f"class {i} is out of range: the model's classes are 0 to {n-1}")
     return i
 
+# %% ../nbs/06_cam.ipynb #61419053
 def class_indices(
     targets, # None or 'predicted', 'runner-up', one class, or N: names or indices, in a list, tensor or array
     logits:torch.Tensor, # N×C
@@ -297,6 +298,7 @@ def _asker(key, targets, vocab, options):
         return _plain_targets(logits, a, b),score
     return ask
 
+# %% ../nbs/06_cam.ipynb #f91ea172
 def _library_cam(model, key, cls, batch_size, options):
     "The library's object for `cls`, hung on no layer"
     from pytorch_grad_cam import AblationLayer
@@ -371,6 +373,7 @@ def _images(model, xb):
     if not xb.is_floating_point(): raise InputError(f"xb is {xb.dtype}: pass normalised images, as the model was trained on")
     with torch.inference_mode(False): return _like(model, xb.clone() if xb.is_inference() else xb)
 
+# %% ../nbs/06_cam.ipynb #21e22ec6
 def _check_options(key, cls, given):
     "Raises TypeError for an option that the method does not have"
     own = set(signature(cls).parameters) - {'self', 'model', 'target_layers', 'reshape_transform', 'kwargs'}
@@ -380,6 +383,7 @@ def _check_options(key, cls, given):
     bad,there = (', '.join(sorted(s)) for s in (set(given) - own, own))
     if bad: raise TypeError(f"{key} has no option {bad}: its options are {there or 'none'}")
 
+# %% ../nbs/06_cam.ipynb #1333bb68
 def _target_layers(model, x, key, layer, min_px):
     "(name, module) of each target layer: one, but for RefineCAM, whose 'auto' is the last stage of each size"
     if isinstance(layer, (list, tuple)) and key == 'refinecam': return [_pick_layer(model, l, x[:1], min_px) for l in layer]

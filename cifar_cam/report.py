@@ -111,6 +111,7 @@ def _panel(
         if plain and len(xs) <= 40: series.append(dict(css=f'dots {css}', d=_dots(xs, ys, xlim, (lo, hi))))
     return dict(title=title, ys=[(_percent(v, lo, hi), t) for v,t in marks], series=series)
 
+# %% ../nbs/10_report.ipynb #660f158e
 def _chart(
     panels, # of `_panel`, one above the other
     xlim, xname, alt,
@@ -218,6 +219,7 @@ def _page_data(interp, **more):
     colours = dict(heat=_colours('inferno'), difference=_colours('RdBu_r')) # those of `overlay` and `plot_cams`
     return dict(dict(classes=[str(c) for c in interp.vocab], runs=[], colours=colours, map_size=None, images=[]), **more)
 
+# %% ../nbs/10_report.ipynb #528c45ee
 def _file(interp, i):
     f,root = interp.dl.items[i],interp.learn.dls.path
     return f.relative_to(root).as_posix() if isinstance(f, Path) and f.is_relative_to(root) else str(f)
@@ -231,6 +233,7 @@ def _images(interp, idxs, maps):
 
 def _map_size(maps): return list(maps[0][0].shape[1:]) if maps else None
 
+# %% ../nbs/10_report.ipynb #2439836a
 def _said(interps, i):
     "What networks say about an image: classes, how sure they are, losses"
     return dict(p=[int(o.preds[i]) for o in interps], c=[_short(o.probs[i].max()) for o in interps], loss=[_short(o.losses[i], 1e9) for o in interps])

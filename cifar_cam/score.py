@@ -255,6 +255,7 @@ def _reset(module):
     if hasattr(module, 'reset_parameters'): return module.reset_parameters()
     for p in module.parameters(recurse=False): p.copy_(p.flatten()[torch.randperm(p.numel()).to(p.device)].view_as(p))
 
+# %% ../nbs/08_score.ipynb #12f96ec3
 def randomised(
     model:nn.Module, # stays as it is
     x:torch.Tensor, # an image or more: finds the order of the layers
@@ -471,6 +472,7 @@ def _sample(interp, n, montages, min_prob, seed):
     fours = pick_montages(interp.targs, sure, montages, seed)
     return idxs,fours,dict(total=len(right), correct=int(right.sum()), images=len(idxs), eligible=int(sure.sum()), montages=len(fours))
 
+# %% ../nbs/08_score.ipynb #3ec67060
 def score_cams(
     learn:Learner|CamInterpretation, # a trained network and its loaders, or its predictions on one of them
     methods:tuple=CAM_METHODS, # see `cam_maps`

@@ -15,35 +15,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 from fastai.data.external import fastai_path
 
-# %% ../nbs/00_shapes.ipynb #d63fc077
-class InputError(ValueError):
-    "What the user gave is wrong. The message is one line that names it and the mend"
-    def __init__(self, message:str=''):
-        message = str(message)
-        if message.startswith('Caught InputError in DataLoader'): # PyTorch hands on the whole traceback of a worker
-            message = message.rstrip().splitlines()[-1].partition('InputError: ')[2]
-        super().__init__(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in message))
-    def __str__(self): return super().__str__().split('\n')[-1].strip() # fastai puts a line of its own before it
-
-# %% ../nbs/00_shapes.ipynb #f25f45de
-@contextmanager
-def writing(
-    path:str|Path, # what is written, or the folder that it is written into
-):
-    "Raises InputError that names `path` where what is done inside cannot be written"
-    try: yield
-    except InputError: raise
-    except Exception as e: # PyTorch and safetensors have errors of their own for a full disk
-        if _is_full(e, Path(path)): raise InputError(f'{path}: the disk is full; make room, and try again') from None
-        if not isinstance(e, OSError) or e.errno is None: raise
-        why = 'is a file; name a folder' if isinstance(e, (FileExistsError, NotADirectoryError)) else f'cannot be written ({e.strerror}); name another place'
-        raise InputError(f'{path}: {why}') from None
-
-def _is_full(e, path, least=2**16):
-    if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(e): return True
-    with suppress(OSError): return not isinstance(e, OSError) and shutil.disk_usage(path if path.is_dir() else path.parent).free < least
-    return False
-
 # %% ../nbs/00_shapes.ipynb #7c56e46e
 def _polar(r, a): return np.stack([r*np.sin(a), -r*np.cos(a)], axis=-1) # angle from 12 o'clock, y down as in images
 def _turn(n): return np.linspace(0, 2*np.pi, n, endpoint=False)
@@ -133,6 +104,35 @@ def _background(rng, x, y, back, back2):
         d = np.hypot(np.maximum(np.abs(along)-half, 0), across) # to a segment: a dot or a sprinkle
         img += (_colour(rng, (.15,.9), (.4,.95))-img) * np.clip(.5 + (r-d)*len(x), 0, 1)[...,None]
     return img + rng.normal(0, rng.uniform(0, 10), (*x.shape, 1))
+
+# %% ../nbs/00_shapes.ipynb #d63fc077
+class InputError(ValueError):
+    "What the user gave is wrong. The message is one line that names it and the mend"
+    def __init__(self, message:str=''):
+        message = str(message)
+        if message.startswith('Caught InputError in DataLoader'): # PyTorch hands on the whole traceback of a worker
+            message = message.rstrip().splitlines()[-1].partition('InputError: ')[2]
+        super().__init__(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in message))
+    def __str__(self): return super().__str__().split('\n')[-1].strip() # fastai puts a line of its own before it
+
+# %% ../nbs/00_shapes.ipynb #f25f45de
+@contextmanager
+def writing(
+    path:str|Path, # what is written, or the folder that it is written into
+):
+    "Raises InputError that names `path` where what is done inside cannot be written"
+    try: yield
+    except InputError: raise
+    except Exception as e: # PyTorch and safetensors have errors of their own for a full disk
+        if _is_full(e, Path(path)): raise InputError(f'{path}: the disk is full; make room, and try again') from None
+        if not isinstance(e, OSError) or e.errno is None: raise
+        why = 'is a file; name a folder' if isinstance(e, (FileExistsError, NotADirectoryError)) else f'cannot be written ({e.strerror}); name another place'
+        raise InputError(f'{path}: {why}') from None
+
+def _is_full(e, path, least=2**16):
+    if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(e): return True
+    with suppress(OSError): return not isinstance(e, OSError) and shutil.disk_usage(path if path.is_dir() else path.parent).free < least
+    return False
 
 # %% ../nbs/00_shapes.ipynb #cc046322
 _REACH = max(np.hypot(*xy.T).max() for xy in OUTLINES.values()) # of the longest point of any class
