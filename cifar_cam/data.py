@@ -344,11 +344,16 @@ class MemoryImages:
         self.images = self.images.to(device)
         return self.images
 
-# %% ../nbs/01_data.ipynb #5607f48d
+# %% ../nbs/01_data.ipynb #b5ce30be
 class MemoryDL(TfmdDL):
     "A `TfmdDL` over images that are read once and kept on `device` as uint8"
     epoch = 0
-    def __init__(self, dataset, memory:MemoryImages=None, rows:torch.Tensor=None, targets:torch.Tensor=None, **kwargs):
+    def __init__(self, dataset,
+        memory:MemoryImages=None, # the images; None: read from `dataset`
+        rows:torch.Tensor=None, # the row of each item in `memory`
+        targets:torch.Tensor=None, # the class of each item
+        **kwargs, # more for `TfmdDL`
+    ):
         super().__init__(dataset, **{**kwargs, 'num_workers': 0})
         items = list(getattr(dataset, 'items', ()))
         if rows is None and memory is not None and items and all(isinstance(o, Path) and o in memory.row for o in items):

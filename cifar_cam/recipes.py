@@ -43,7 +43,7 @@ from .schedule import Plateau, find_lrs, plot_triangle
 from .train import (OPTIMIZERS, Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, cifar_learner, data_parallel, from_all,
                              from_first, join_processes, leave_processes, one_process, remove_leftovers, save_atomically, whole_batch)
 
-# %% ../nbs/09_recipes.ipynb #8705d533
+# %% ../nbs/09_recipes.ipynb #d8b77d02
 SCHEDULES = 'one-cycle', 'triangle', 'linear', 'cosine', 'flat-cosine', 'plateau', 'constant'
 AUGMENTS = 'crop-flip-cutout', 'alternating', 'albumentations', 'none'
 
@@ -53,7 +53,7 @@ class Recipe:
     name: str # in run folders and tables
     arch: str = 'resnet18' # network: a key of `MODELS`
     norm: str = 'batch' # normalisation: 'batch', 'layer' or 'group'
-    epochs: int = 20
+    epochs: int = 20 # passes over the training images
     bs: int = 128 # images a batch
     opt: str = 'sgd' # optimizer: a key of `OPTIMIZERS`
     lr: float|str = 'find' # the learning rate, or its peak; 'find': the LR finder's pick
@@ -709,7 +709,7 @@ def draw_run(
     run._save(interp.plot_images(20, 'misclassified'), 'misclassified')
     run._save(interp.plot_cams(10, 'misclassified'), 'cams')
 
-# %% ../nbs/09_recipes.ipynb #7aada604
+# %% ../nbs/09_recipes.ipynb #c3d51e2a
 def seed_summary(
     accuracies:list, # test accuracy of each seed, 0..1
 ) -> dict:
@@ -720,6 +720,7 @@ def seed_summary(
     if len(a) == 1: return dict(seeds=1, mean=mean, std=None, interval=None)
     return dict(seeds=len(a), mean=mean, std=float(a.std()), interval=[mean - half, mean + half])
 
+# %% ../nbs/09_recipes.ipynb #f2b0d613
 def run_seeds(
     recipe:str|Recipe, # a name, a TOML file or a recipe
     data:str|Path='cifar10', # see `data_path`

@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'has_bf16', 'Bf16', 'SeedEpochs', 'LogLR', 'L1Penalty',
            'one_process', 'join_processes', 'leave_processes', 'from_first', 'from_all', 'say_once', 'shard',
            'whole_batch', 'GatherBatches', 'data_parallel', 'CifarLearner', 'CrossEntropy', 'DeviceLoss',
            'DeviceSmoothLoss', 'Accuracy', 'LightRecorder', 'LightProgress', 'remove_leftovers', 'Checkpoint',
-           'orthogonalize', 'Muon', 'ProgressiveResize', 'FreezeWhitening', 'opt_func', 'cifar_learner']
+           'opt_func', 'cifar_learner', 'orthogonalize', 'Muon', 'ProgressiveResize', 'FreezeWhitening']
 
 # %% ../nbs/05_train.ipynb #4f1f6a88
 import os, random
@@ -327,7 +327,7 @@ class Accuracy(Metric):
     @property
     def value(self): return float(self.hits)/self.count if self.count else None
 
-# %% ../nbs/05_train.ipynb #87ee887f
+# %% ../nbs/05_train.ipynb #1a51e7c7
 class LightRecorder(Recorder):
     "fastai's `Recorder` with measures that stay on the device"
     name = 'recorder'
@@ -351,6 +351,7 @@ class LightRecorder(Recorder):
         super().after_train()
         self.losses = [o.cpu() for o in self.losses]
 
+# %% ../nbs/05_train.ipynb #1cab2f2b
 class LightProgress(ProgressCallback):
     "fastai's progress bar, which reads the loss four times a second instead of at each step"
     name = 'progress'
@@ -428,6 +429,49 @@ class Checkpoint(Callback):
 
     def after_fit(self): self.learn.first_epoch = 0
 
+# %% ../nbs/05_train.ipynb #c6123497
+OPTIMIZERS = dict(
+    sgd=partial(optim.SGD, momentum=0.9), nesterov=partial(optim.SGD, momentum=0.9, nesterov=True),
+    adam=optim.Adam, adamw=optim.AdamW, rmsprop=optim.RMSprop)
+
+def opt_func(
+    name:str='nesterov', # a key of `OPTIMIZERS`
+):
+    "PyTorch's optimizer in fastai's `OptimWrapper`. Raises InputError that lists the names there are"
+    if name not in OPTIMIZERS: raise InputError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+    return partial(OptimWrapper, opt=OPTIMIZERS[name])
+
+# %% ../nbs/05_train.ipynb #596c8c10
+def _plain_images(dls, n):
+    "About `n` training images of all classes, normalised but not augmented"
+    items = dls.train_ds.items[::max(1, len(dls.train_ds)//n)]
+    return dls.test_dl(items, bs=len(items)).one_batch()[0].as_subclass(torch.Tensor).cpu()
+
+# %% ../nbs/05_train.ipynb #870b442b
+def cifar_learner(
+    dls:DataLoaders, # from `cifar_dls`
+    arch:str|nn.Module='davidnet', # a name of `MODELS`, or any network
+    norm:str='batch', # normalisation of a network given by name: see `norm_layer`
+    opt:str='nesterov', # optimizer: see `OPTIMIZERS`
+    wd:float=5e-4, # weight decay; 5e-4 is what CIFAR-10 ResNets are mostly trained with
+    label_smoothing:float=0., # share of the target spread over all classes
+    bf16:bool=None, # bfloat16 and channels last; None: where the processor is made for it
+    seed:int=0, # for the first weights and each epoch's random numbers
+    cbs:list=(), # more callbacks
+    path:str|Path='.', # where `models/` is made by `save` and `lr_find`
+    **kwargs, # more for `Learner`
+) -> CifarLearner:
+    "A `Learner` that trains `arch` on `dls` and measures accuracy on both the training and the validation images"
+    check_seed(seed)
+    torch.manual_seed(seed)
+    model = build_model(arch, len(dls.vocab), norm) if isinstance(arch, str) else arch
+    if hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))
+    if bf16 is None: bf16 = has_bf16(dls.device)
+    basic = [TrainEvalCallback(), CastToTensor(), LightRecorder(train_metrics=True), LightProgress()]
+    ours = [SeedEpochs(seed), StopOnNaN(), LogLR(), *[Bf16()]*bf16]
+    return CifarLearner(dls, model, loss_func=CrossEntropy(label_smoothing=label_smoothing), opt_func=opt_func(opt), wd=wd, metrics=Accuracy(), path=path,
+                        cbs=[*basic, *ours, *cbs], default_cbs=False, **kwargs)
+
 # %% ../nbs/05_train.ipynb #faa61aaa
 def orthogonalize(
     g:torch.Tensor, # a matrix
@@ -468,7 +512,10 @@ class Muon(optim.Optimizer):
                     p.add_(orthogonalize(step.flatten(1)).view_as(p), alpha=-lr)
                 else: p.mul_(1 - lr*group['weight_decay']).add_(step, alpha=-lr*getattr(p, 'lr_scale', 1))
 
-# %% ../nbs/05_train.ipynb #9fad1f21
+# %% ../nbs/05_train.ipynb #f4ad6a40
+OPTIMIZERS['muon'] = Muon
+
+# %% ../nbs/05_train.ipynb #6319084a
 class ProgressiveResize(Callback):
     "Shrink the training images to `sizes`, each for an equal share of the epochs"
     run_valid = False
@@ -480,51 +527,13 @@ class ProgressiveResize(Callback):
         if size < self.x.shape[-1] and not hasattr(self.learn, 'lr_finder'):
             self.learn.xb = (F.interpolate(self.x.as_subclass(torch.Tensor), size=(size, size), mode='bilinear', antialias=True),)
 
+# %% ../nbs/05_train.ipynb #086b75fe
 class FreezeWhitening(Callback):
-    "Train the bias of the whitening layer in the first epochs alone: it has moved where it wants to be, and the way back to it costs"
+    "Train the bias of the whitening layer in the first epochs only"
     run_valid = False
-    def __init__(self, share:float=3/8): self.share = share
-    def before_train(self): self.model.whiten.bias.requires_grad_(self.epoch < self.share*self.n_epoch)
-
-# %% ../nbs/05_train.ipynb #cb33e2be
-OPTIMIZERS = dict(
-    sgd=partial(optim.SGD, momentum=0.9), nesterov=partial(optim.SGD, momentum=0.9, nesterov=True),
-    adam=optim.Adam, adamw=optim.AdamW, rmsprop=optim.RMSprop, muon=Muon)
-
-def opt_func(
-    name:str='nesterov', # a key of `OPTIMIZERS`
-):
-    "PyTorch's optimizer in fastai's `OptimWrapper`. Raises InputError that lists the names there are"
-    if name not in OPTIMIZERS: raise InputError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
-    return partial(OptimWrapper, opt=OPTIMIZERS[name])
-
-# %% ../nbs/05_train.ipynb #596c8c10
-def _plain_images(dls, n):
-    "About `n` training images of all classes, normalised but not augmented"
-    items = dls.train_ds.items[::max(1, len(dls.train_ds)//n)]
-    return dls.test_dl(items, bs=len(items)).one_batch()[0].as_subclass(torch.Tensor).cpu()
-
-# %% ../nbs/05_train.ipynb #870b442b
-def cifar_learner(
-    dls:DataLoaders, # from `cifar_dls`
-    arch:str|nn.Module='davidnet', # a name of `MODELS`, or any network
-    norm:str='batch', # normalisation of a network given by name: see `norm_layer`
-    opt:str='nesterov', # optimizer: see `OPTIMIZERS`
-    wd:float=5e-4, # weight decay; 5e-4 is what CIFAR-10 ResNets are mostly trained with
-    label_smoothing:float=0., # share of the target spread over all classes
-    bf16:bool=None, # bfloat16 and channels last; None: where the processor is made for it
-    seed:int=0, # for the first weights and each epoch's random numbers
-    cbs:list=(), # more callbacks
-    path:str|Path='.', # where `models/` is made by `save` and `lr_find`
-    **kwargs, # more for `Learner`
-) -> CifarLearner:
-    "A `Learner` that trains `arch` on `dls` and measures accuracy on both the training and the validation images"
-    check_seed(seed)
-    torch.manual_seed(seed)
-    model = build_model(arch, len(dls.vocab), norm) if isinstance(arch, str) else arch
-    if hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))
-    if bf16 is None: bf16 = has_bf16(dls.device)
-    basic = [TrainEvalCallback(), CastToTensor(), LightRecorder(train_metrics=True), LightProgress()]
-    ours = [SeedEpochs(seed), StopOnNaN(), LogLR(), *[Bf16()]*bf16]
-    return CifarLearner(dls, model, loss_func=CrossEntropy(label_smoothing=label_smoothing), opt_func=opt_func(opt), wd=wd, metrics=Accuracy(), path=path,
-                        cbs=[*basic, *ours, *cbs], default_cbs=False, **kwargs)
+    def __init__(self,
+        share:float=3/8, # of the epochs in which it is trained
+    ): self.share = share
+    def before_train(self):
+        # of several processes each waits for the gradients of all parameters
+        if num_distrib() < 2: self.model.whiten.bias.requires_grad_(self.epoch < self.share*self.n_epoch)
