@@ -8,7 +8,7 @@ __all__ = ['triangle', 'plot_triangle', 'lr_min', 'lr_max', 'find_lrs', 'Plateau
 # %% ../nbs/04_schedule.ipynb #58d4ffbc
 import matplotlib.pyplot as plt
 import numpy as np
-from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds, lr_find
+from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds
 from fastai.callback.tracker import ReduceLROnPlateau
 from fastai.vision.all import L, Learner, patch
 
