@@ -80,7 +80,7 @@ def _changes(settings, **given):
 def _say(run):
     if rank_distrib(): return
     m = run.metrics
-    print(f"accuracy {100*m['accuracy']:.2f} % on {m['images']:,} test images, {100*m['accuracy_tta']:.2f} % with {m['tta']} TTA; "
+    print(f"accuracy {100*m['accuracy']:.2f} % on {m['images']:,} test images, {100*m.get('accuracy_tta', m['accuracy_flip_tta']):.2f} % with {m.get('tta', 'flip')} TTA; "
           f"{run.chosen_on}")
     print(run.path)
 

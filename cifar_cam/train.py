@@ -397,7 +397,9 @@ class Checkpoint(Callback):
     _watched = 'best', 'wait', 'new_best'
     def _watchers(self): return [cb for cb in self.learn.cbs if hasattr(cb, 'best')]
 
-    def _read(self): return torch.load(self.path, map_location='cpu', weights_only=True) if self.path.exists() else None
+    def _read(self):
+        try: return torch.load(self.path, map_location='cpu', weights_only=True) if self.path.exists() else None
+        except Exception as e: raise self._refused(e) from None  # cut off, or made to do harm
 
     def before_fit(self):
         self.learn.first_epoch = 0

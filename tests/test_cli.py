@@ -51,7 +51,7 @@ def test_recipes_lists_them_all(capsys):
 
 def test_a_training_at_the_shell_ends_with_its_folder(tmp_path_factory, tmp_path, capsys):
     shapes = shapes_path(tmp_path_factory.mktemp('few'), n_train=100, n_test=20)
-    done = shell('train', 'davidnet', '--data', shapes, '--epochs', 1, '--bs', 10, '--set', 'lr=.05', '--set', 'lr_min=.005', '--out', 'my runs')
+    done = shell('train', 'speedrun', '--data', shapes, '--epochs', 1, '--bs', 10, '--out', 'my runs')   # of all networks the quickest
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
     path = tmp_path/lines[-1]
@@ -61,7 +61,7 @@ def test_a_training_at_the_shell_ends_with_its_folder(tmp_path_factory, tmp_path
     assert again.returncode == 0 and again.stdout.strip().splitlines()[-1] == str(path)
     assert main(['cam', str(path), '--k', '3', '--which', 'correct', '--method', 'layercam']) == 0
     assert Path(capsys.readouterr().out.strip().splitlines()[-1]).stat().st_size > 1000
-    for words,word in (['--layer', 'layer3'], 'min_px'), (['--method', 'nopecam'], 'nopecam'), (['--which', 'nice'], 'nice'):
+    for words,word in (['--layer', 'group3'], 'min_px'), (['--method', 'nopecam'], 'nopecam'), (['--which', 'nice'], 'nice'):
         assert main(['cam', str(path), *words]) == 2
         err = capsys.readouterr().err
         assert err.count('\n') == 1 and word in err
