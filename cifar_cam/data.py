@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CIFAR10', 'image_counts', 'check_cifar', 'test_name', 'check_folder', 'data_checksum', 'sha256', 'unpack',
            'cifar_path', 'data_path', 'open_photo', 'NamedImage', 'image_files', 'Squeeze', 'check_seed',
-           'hold_out_splitter', 'image_stats', 'cifar_block', 'save_atomically', 'read_images', 'fingerprint',
-           'cached_images', 'MemoryImages', 'MemoryDL', 'cifar_dls']
+           'hold_out_splitter', 'image_stats', 'cifar_block', 'save_atomically', 'remove_leftovers', 'read_images',
+           'fingerprint', 'cached_images', 'MemoryImages', 'MemoryDL', 'cifar_dls']
 
 # %% ../nbs/01_data.ipynb #3322d10e
 import errno, hashlib, os, secrets, shutil, tarfile, tempfile, warnings, zlib
@@ -278,6 +278,23 @@ def save_atomically(
     finally:
         with suppress(OSError): tmp.unlink(missing_ok=True)
 
+# %% ../nbs/01_data.ipynb #74fff160
+def remove_leftovers(
+    path:Path, # a folder
+):
+    "Delete what `save_atomically` left anywhere in `path` when its process was killed"
+    for tmp in Path(path).rglob('.*.tmp'):
+        pid = tmp.name.split('.')[-2]
+        if pid.isdecimal() and not _writes(int(pid)): tmp.unlink(missing_ok=True)
+
+def _writes(pid):
+    "Is `pid` another process that lives? On Windows the question itself would end it"
+    if pid==os.getpid() or os.name=='nt': return False
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    return True
+
 # %% ../nbs/01_data.ipynb #1c308c43
 def read_images(
     load, # a sequence that opens an image when it is indexed
@@ -303,7 +320,7 @@ def fingerprint(
         digest.update(os.fsencode(f.relative_to(path).as_posix()) + f'\0{stat.st_size} {stat.st_mtime_ns}\n'.encode())
     return digest.hexdigest()
 
-# %% ../nbs/01_data.ipynb #91e06a0f
+# %% ../nbs/01_data.ipynb #a8d702c0
 def cached_images(
     path:Path, # a folder with train/ and test/
     size:int|tuple=32, # see `Squeeze`
@@ -319,6 +336,7 @@ def cached_images(
     images = read_images(TfmdLists(image_files(path), [NamedImage.create, Squeeze(size)]))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(file.parent)
         save_atomically(lambda f: save_file(dict(images=images), f, dict(fingerprint=now, checksum=_checksum(images))), file)
     except (OSError, SafetensorError, InputError) as e: warnings.warn(f'the decoded images could not be kept ({e}); they will be decoded again next time')
     return images

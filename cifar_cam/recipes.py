@@ -37,12 +37,12 @@ from torch.nn import functional as F
 
 from . import __version__
 from .augment import TTA, AlternatingFlip, albumentations_augment, cifar_augment
-from .data import CIFAR10, InputError, check_seed, cifar_dls, data_checksum, data_path, writing
+from .data import CIFAR10, InputError, check_seed, cifar_dls, data_checksum, data_path, remove_leftovers, writing
 from .interpret import CamInterpretation
 from .models import MODELS, NORMS, build_model, count_parameters
 from .schedule import Plateau, find_lrs, plot_triangle
 from .train import (OPTIMIZERS, Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, cifar_learner, data_parallel, from_all,
-                             from_first, join_processes, leave_processes, one_process, remove_leftovers, save_atomically, whole_batch)
+                             from_first, join_processes, leave_processes, one_process, save_atomically, whole_batch)
 
 # %% ../nbs/09_recipes.ipynb #d8b77d02
 SCHEDULES = 'one-cycle', 'triangle', 'linear', 'cosine', 'flat-cosine', 'plateau', 'constant'

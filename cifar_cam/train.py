@@ -6,8 +6,8 @@
 __all__ = ['OPTIMIZERS', 'has_bf16', 'Bf16', 'SeedEpochs', 'LogLR', 'L1Penalty', 'StopOnNaN', 'UpdateRatio', 'plot_update_ratios',
            'one_process', 'join_processes', 'leave_processes', 'from_first', 'from_all', 'say_once', 'shard',
            'whole_batch', 'GatherBatches', 'data_parallel', 'CifarLearner', 'CrossEntropy', 'DeviceLoss',
-           'DeviceSmoothLoss', 'Accuracy', 'LightRecorder', 'LightProgress', 'remove_leftovers', 'Checkpoint',
-           'opt_func', 'cifar_learner', 'orthogonalize', 'Muon', 'ProgressiveResize', 'FreezeWhitening']
+           'DeviceSmoothLoss', 'Accuracy', 'LightRecorder', 'LightProgress', 'Checkpoint', 'opt_func', 'cifar_learner',
+           'orthogonalize', 'Muon', 'ProgressiveResize', 'FreezeWhitening']
 
 # %% ../nbs/05_train.ipynb #4f1f6a88
 import os, random
@@ -361,23 +361,6 @@ class LightProgress(ProgressCallback):
     def after_batch(self):
         if self.training and (now := perf_counter()) - self.read > .25: self.pbar.comment,self.read = f'{self.smooth_loss.item():.4f}',now
         self.pbar.update(self.iter + 1)
-
-# %% ../nbs/05_train.ipynb #bf2fd607
-def remove_leftovers(
-    path:Path, # a folder
-):
-    "Delete what `save_atomically` left anywhere in `path` when its process was killed"
-    for tmp in Path(path).rglob('.*.tmp'):
-        pid = tmp.name.split('.')[-2]
-        if pid.isdecimal() and not _writes(int(pid)): tmp.unlink(missing_ok=True)
-
-def _writes(pid):
-    "Is `pid` another process that lives? On Windows the question itself would end it"
-    if pid==os.getpid() or os.name=='nt': return False
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except PermissionError: pass
-    return True
 
 # %% ../nbs/05_train.ipynb #f56cb163
 def _plain(o):

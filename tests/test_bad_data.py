@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from cifar_cam.cli import main
-from cifar_cam.data import InputError, NamedImage, check_folder, cifar_dls, data_checksum, data_path, image_files, open_photo, unpack
+from cifar_cam.data import InputError, NamedImage, cached_images, check_folder, cifar_dls, data_checksum, data_path, image_files, open_photo, unpack
 from cifar_cam.interpret import explain_image
 from cifar_cam.recipes import load_run, run_recipe, save_weights, train_run
 from cifar_cam.shapes import shapes_path
@@ -224,6 +224,14 @@ def disk(mounted):
     path = mounted('disk', 'size=2m')
     def fill(left): (path/'ballast').write_bytes(b'\0'*(shutil.disk_usage(path).free - left))
     return path,fill
+
+
+def test_a_disk_too_full_for_the_decoded_images_costs_nothing_but_decoding_them_again(disk, few, monkeypatch):
+    path,fill = disk
+    monkeypatch.setitem(fastai_cfg().d, 'data', str(path))
+    fill(50_000)   # the images have 368,640 bytes
+    with pytest.warns(UserWarning, match='disk is full'): images = cached_images(few)
+    assert images.shape == (120, 3, 32, 32) and not [f for f in path.rglob('*') if f.is_file() and f.name != 'ballast']
 
 
 def test_a_disk_that_is_full_while_unpacking_or_drawing_keeps_what_was_there(disk, few, tmp_path, monkeypatch):

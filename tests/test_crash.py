@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cifar_cam.cli import main
+from cifar_cam.data import cached_images, remove_leftovers
 from cifar_cam.models import MODELS
 from cifar_cam.recipes import load_run, new_run_folder
 from cifar_cam.shapes import shapes_path
-from cifar_cam.train import SeedEpochs, remove_leftovers
+from cifar_cam.train import SeedEpochs
 
 RECIPE = '''arch = "tiny"
 epochs = 3
@@ -285,3 +286,41 @@ def test_a_python_session_hears_how_to_go_on_too(bench, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, 'tiny', lambda **k: nn.Sequential(Trouble(3, interrupt), *tiny()))
     with pytest.raises(KeyboardInterrupt, match=f'--resume {tmp_path}'):
         run_recipe(str(bench.path/'tiny.toml'), bench.data, tmp_path, lr=.01, device='cpu')
+
+
+# --- the file of decoded images
+
+def decode(home, data, go=None, prepare=None, args=()):
+    from fastai.data.external import fastai_cfg
+    fastai_cfg().d['data'] = str(home)
+    if prepare: prepare(*args)
+    if go: go.wait(60)
+    cached_images(data)
+
+
+def images_of(home, data, monkeypatch):
+    "As `cached_images` has them from its file: nothing may be decoded"
+    from fastai.data.external import fastai_cfg
+    monkeypatch.setitem(fastai_cfg().d, 'data', str(home))
+    monkeypatch.setattr('cifar_cam.data.read_images', lambda *_: pytest.fail('decoded again'))
+    return cached_images(data)
+
+
+@pytest.mark.parametrize('stage', ['half', 'before', 'after'])
+def test_a_process_killed_while_it_keeps_decoded_images_leaves_none_or_whole_ones(bench, fork, tmp_path, monkeypatch, stage):
+    p = fork.Process(target=decode, args=(tmp_path, bench.data, None, at_write, (0, stage, signal.SIGKILL, tmp_path)))
+    p.start(); p.join()
+    assert p.exitcode==-signal.SIGKILL and len(list((tmp_path/'cifar_cam-cache').iterdir()))==1
+    p = fork.Process(target=decode, args=(tmp_path, bench.data))
+    p.start(); p.join()
+    assert p.exitcode==0 and [f.suffix for f in (tmp_path/'cifar_cam-cache').iterdir()]==['.safetensors']   # nothing of the killed one is left
+    assert images_of(tmp_path, bench.data, monkeypatch).shape==(120, 3, 32, 32)
+
+
+def test_two_processes_that_decode_at_once_leave_one_whole_file(bench, fork, tmp_path, monkeypatch):
+    go = fork.Barrier(2)
+    both = [fork.Process(target=decode, args=(tmp_path, bench.data, go)) for _ in range(2)]
+    for p in both: p.start()
+    for p in both: p.join()
+    assert [p.exitcode for p in both]==[0, 0] and [f.suffix for f in (tmp_path/'cifar_cam-cache').iterdir()]==['.safetensors']
+    assert images_of(tmp_path, bench.data, monkeypatch).shape==(120, 3, 32, 32)

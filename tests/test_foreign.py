@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastai.data.external import fastai_cfg
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import cifar_cam
 from cifar_cam.cli import main
-from cifar_cam.data import InputError
+from cifar_cam.data import InputError, cached_images
 from cifar_cam.interpret import explain_image
 from cifar_cam.recipes import load_run, load_weights, push_to_hub, run_recipe, train_run
 from cifar_cam.report import compare_runs, write_report
@@ -54,6 +55,15 @@ def test_no_module_unpickles_what_it_did_not_write():
             assert called not in ('eval', 'exec', 'load_learner', 'np.load', 'pd.read_pickle', 'pickle.load', 'pickle.loads', 'os.system', 'yaml.load'), (f.name, called)
             if called=='torch.load': assert any(k.arg=='weights_only' and k.value.value is True for k in node.keywords), f.name
             if isinstance(node, (ast.Import, ast.ImportFrom)): assert not {'pickle', 'dill', 'joblib', 'shelve', 'marshal', 'subprocess'} & {*(a.name for a in node.names), getattr(node, 'module', '')}, f.name
+
+
+def test_a_file_in_the_place_of_decoded_images_runs_nothing(trap, few, tmp_path, monkeypatch):
+    monkeypatch.setitem(fastai_cfg().d, 'data', str(tmp_path))
+    images = cached_images(few)
+    [file] = (tmp_path/'cifar_cam-cache').iterdir()
+    for payload in payloads(trap):
+        file.write_bytes(payload)
+        assert torch.equal(cached_images(few), images)
 
 
 def test_a_checkpoint_that_would_run_something_is_refused_and_does_not(run, trap):
