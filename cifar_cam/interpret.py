@@ -319,7 +319,7 @@ def bar(self:Panels, cmap:str, low:float, high:float, label:str):
     self.bars += 1
 
 # %% ../nbs/07_interpret.ipynb #673999d4
-def _show(ax, image): ax.imshow(image, interpolation='nearest' if max(image.shape) < 256 else 'auto') # small ones stay crisp
+def _show(ax, image): ax.imshow(image, interpolation='nearest' if max(image.shape) < 256 else None) # small ones stay crisp
 
 def _show_cam(ax, image, cam, blank, cmap='inferno', alpha=0.5):
     "The overlay, or, where the map says nothing, the image alone with a mark"

@@ -24,6 +24,6 @@ for w in $which; do
   grep -E '^(fastai|torch|torchvision|albumentations|grad-cam|matplotlib|safetensors|jinja2|numpy|pandas)=' "$tmp/$w.txt"
   # the tools of the tests are the newest in both
   "$tmp/uv/bin/uv" pip install -q --python "$tmp/$w/bin/python" -c "$tmp/$w.txt" -e '.[dev]'
-  "$tmp/$w/bin/python" -m pytest -q -p no:cacheprovider "$@"
+  PATH="$tmp/$w/bin:$PATH" "$tmp/$w/bin/python" -m pytest -q -p no:cacheprovider "$@"
   rm -rf "${tmp:?}/$w"
 done
