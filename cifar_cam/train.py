@@ -173,7 +173,8 @@ def join_processes(
 
 def leave_processes():
     "The others are needed no more"
-    if num_distrib() > 1 and dist.is_initialized(): dist.destroy_process_group()
+    # Only NCCL holds something to be given back; ending gloo's group can hang (PyTorch 2.6)
+    if num_distrib() > 1 and dist.is_initialized() and torch.cuda.is_available(): dist.destroy_process_group()
 
 # %% ../nbs/05_train.ipynb #bfc62c98
 def from_first(

@@ -18,7 +18,7 @@ ${PYTHON:-python3} -m venv "$tmp/uv"
 for w in $which; do
   # lowest-direct: the lowest of what the package itself asks for; what those ask for is the newest that fits
   case $w in lowest) resolution=lowest-direct;; newest) resolution=highest;; esac
-  "$tmp/uv/bin/uv" venv -q --python "${PYTHON:-python3}" "$tmp/$w"
+  "$tmp/uv/bin/uv" venv -q --seed --python "${PYTHON:-python3}" "$tmp/$w"
   "$tmp/uv/bin/uv" pip compile -q --resolution $resolution --python "$tmp/$w/bin/python" pyproject.toml -o "$tmp/$w.txt"
   printf '\n== %s\n' "$w"
   grep -E '^(fastai|torch|torchvision|albumentations|grad-cam|matplotlib|safetensors|jinja2|numpy|pandas)=' "$tmp/$w.txt"
