@@ -9,10 +9,9 @@ __all__ = ['CIFAR10', 'image_counts', 'check_cifar', 'test_name', 'check_folder'
            'fingerprint', 'cached_images', 'MemoryImages', 'MemoryDL', 'cifar_dls']
 
 # %% ../nbs/01_data.ipynb #3322d10e
-import errno, hashlib, os, secrets, shutil, tarfile, tempfile, warnings, zlib
+import errno, hashlib, os, secrets, tarfile, tempfile, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +79,13 @@ def data_checksum(
     path:Path, # a folder with train/ and test/
 ) -> str:
     "SHA-256 over the names and the contents of all images, so that a result can say what it was made from"
+    return _digest(path, Path.read_bytes)
+
+def _digest(path, of):
     digest = hashlib.sha256()
     for f in image_files(path):
         digest.update(os.fsencode(f.relative_to(path).as_posix()) + b'\n')
-        try: digest.update(f.read_bytes())
+        try: digest.update(of(f))
         except OSError as e: raise InputError(f'{f}: cannot be read ({e.strerror}); fetch it anew') from None
     return digest.hexdigest()
 
@@ -314,11 +316,7 @@ def fingerprint(
     path:Path, # a folder with train/ and test/
 ) -> str:
     "SHA-256 over name, size and time of change of each image: notices a changed folder without opening the files"
-    digest = hashlib.sha256()
-    for f in image_files(path):
-        stat = f.stat()
-        digest.update(os.fsencode(f.relative_to(path).as_posix()) + f'\0{stat.st_size} {stat.st_mtime_ns}\n'.encode())
-    return digest.hexdigest()
+    return _digest(path, lambda f: f'{f.stat().st_size} {f.stat().st_mtime_ns}\n'.encode())
 
 # %% ../nbs/01_data.ipynb #a8d702c0
 def cached_images(
@@ -333,13 +331,15 @@ def cached_images(
         with safe_open(file, 'pt') as f: about,images = f.metadata(),f.get_tensor('images')
         if about==dict(fingerprint=now, checksum=_checksum(images)): return images
     except (OSError, SafetensorError): pass  # there is none yet, or it is damaged
-    images = read_images(TfmdLists(image_files(path), [NamedImage.create, Squeeze(size)]))
+    images = _decode(image_files(path), size)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(file.parent)
         save_atomically(lambda f: save_file(dict(images=images), f, dict(fingerprint=now, checksum=_checksum(images))), file)
     except (OSError, SafetensorError, InputError) as e: warnings.warn(f'the decoded images could not be kept ({e}); they will be decoded again next time')
     return images
+
+def _decode(files, size): return read_images(TfmdLists(files, [NamedImage.create, Squeeze(size)]))
 
 def _checksum(images): return f'{zlib.crc32(images.numpy().reshape(-1)):08x}'
 
@@ -355,7 +355,7 @@ class MemoryImages:
     def from_folder(cls, path:Path, size:int|tuple=32):
         "All images of a data set: by `cached_images`, except for small ones, which are read in a moment"
         files = image_files(path)
-        return cls(cached_images(path, size) if len(files) > 5000 else read_images(TfmdLists(files, [NamedImage.create, Squeeze(size)])), files)
+        return cls(cached_images(path, size) if len(files) > 5000 else _decode(files, size), files)
 
     def to(self, device) -> torch.Tensor:
         "The images on `device`; a second loader that asks gets the same tensor"

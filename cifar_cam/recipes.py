@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
 from fastai.vision.all import (Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, SchedLin, default_device, first,
-                               get_model, num_distrib, partial, rank_distrib)
+                               get_model, num_distrib, rank_distrib)
 from fastprogress import progress_bar
 from safetensors.torch import load, save
 from scipy.stats import binomtest, t as student_t
@@ -677,7 +677,7 @@ def plot_curves(
     title:str='', # above the figure
 ):
     "Accuracy and loss by epoch, the published curves behind, the learning rate beneath"
-    h,percent = history,lambda o: 100*o
+    h = history
     fig,axs = plt.subplots(2, 2, figsize=(11, 5.4), height_ratios=(3, 1), sharex='col', layout='constrained')
     test = 'test_accuracy' if 'test_accuracy' in h else 'valid_accuracy'
     if published is not None:

@@ -11,7 +11,6 @@ __all__ = ['OPTIMIZERS', 'has_bf16', 'Bf16', 'SeedEpochs', 'LogLR', 'L1Penalty',
 
 # %% ../nbs/05_train.ipynb #4f1f6a88
 import os, random
-import os, random
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import cache, wraps

@@ -383,19 +383,20 @@ def test_empty_and_lost_maps_are_counted(coloured, monkeypatch):
     for m in 'road', 'deletion', 'insertion', 'randomisation': assert np.isnan(s[m]).tolist() == [False, True, False, False, False]
     assert s['randomisation'][0] == 0 and card.stat('gradcam', 'road')['n'] == 4
 
-@pytest.fixture(scope='module')
-def coloured(colours):
-    "A network for four classes of colours, images without masks"
-    learn = cifar_learner(cifar_dls(colours, bs=16), tiny(4), bf16=False)
+def trained(data, classes):
+    learn = cifar_learner(cifar_dls(data, bs=16), tiny(classes), bf16=False)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 0.1)
     return CamInterpretation.from_learner(learn)
 
 @pytest.fixture(scope='module')
+def coloured(colours):
+    "A network for four classes of colours, images without masks"
+    return trained(colours, 4)
+
+@pytest.fixture(scope='module')
 def shaped(shapes):
     "A network that knows little of ten shapes, images with masks"
-    learn = cifar_learner(cifar_dls(shapes, bs=16), tiny(10), bf16=False)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 0.1)
-    return CamInterpretation.from_learner(learn)
+    return trained(shapes, 10)
 
 def test_four_classes_and_no_masks(coloured):
     before = {k: v.clone() for k,v in coloured.learn.model.state_dict().items()}

@@ -17,14 +17,18 @@ from cifar_cam.all import cifar_augment, cifar_dls, data_path
 from turns import machine, ratio, take_turns
 
 
+def stock_dls(path, bs, device, workers=2):
+    "What fastai alone makes of the folder"
+    return ImageDataLoaders.from_folder(path, train='train', valid='test', bs=bs, device=device, num_workers=workers,
+                                        item_tfms=[CropPad(40, pad_mode='reflection'), RandomCrop(32)], batch_tfms=[FastaiFlip(), Normalize.from_stats(*cifar_stats)])
+
+
 def loaders(path, bs, device, workers):
     "name → loader of augmented training batches"
     path,(mean,std) = data_path(path),cifar_stats
-    stock = ImageDataLoaders.from_folder(path, train='train', valid='test', bs=bs, device=device, num_workers=workers,
-                                         item_tfms=[CropPad(40, pad_mode='reflection'), RandomCrop(32)], batch_tfms=[FastaiFlip(), Normalize.from_stats(mean, std)])
     tfms = T.Compose([T.RandomCrop(32, 4, padding_mode='reflect'), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(mean, std)])
     plain = DataLoader(ImageFolder(path/'train', tfms), bs, shuffle=True, num_workers=workers, drop_last=True)
-    return {'fastai ImageDataLoaders': stock.train, 'torchvision + DataLoader': plain,
+    return {'fastai ImageDataLoaders': stock_dls(path, bs, device, workers).train, 'torchvision + DataLoader': plain,
             'cifar_dls': cifar_dls(path, cifar_augment(cutout=0), bs=bs, device=torch.device(device)).train}
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from fastai.vision.all import (Callback, CancelTrainException, CancelValidException, CrossEntropyLossFlat, CropPad, Flip as FastaiFlip, ImageDataLoaders, Learner,
-                               Normalize, OptimWrapper, RandomCrop, accuracy, cifar_stats, partial)
+from fastai.vision.all import Callback, CancelTrainException, CancelValidException, CrossEntropyLossFlat, Learner, OptimWrapper, accuracy, partial
 from torch.nn import functional as F
 
-from cifar_cam.all import OPTIMIZERS, build_model, change, cifar_augment, cifar_dls, cifar_learner, data_path, find_recipe, has_bf16, recipe_dls, recipe_learner
+from cifar_cam.all import OPTIMIZERS, build_model, change, data_path, find_recipe, has_bf16, recipe_dls, recipe_learner
+from loader_cost import stock_dls
 from turns import machine, ratio, take_turns
 
 
@@ -50,9 +50,7 @@ def plainly(name, dls, steps, bf16):
 
 
 def stock(name, path, bs, steps, device):
-    dls = ImageDataLoaders.from_folder(path, train='train', valid='test', bs=bs, device=device, num_workers=2,
-                                       item_tfms=[CropPad(40, pad_mode='reflection'), RandomCrop(32)], batch_tfms=[FastaiFlip(), Normalize.from_stats(*cifar_stats)])
-    learn = Learner(dls, build_model(find_recipe(name).arch), loss_func=CrossEntropyLossFlat(), metrics=accuracy,
+    learn = Learner(stock_dls(path, bs, device), build_model(find_recipe(name).arch), loss_func=CrossEntropyLossFlat(), metrics=accuracy,
                     opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True)), cbs=Few(steps))
     def run():
         with learn.no_logging(): learn.fit(1, .01)
