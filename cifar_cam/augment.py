@@ -168,6 +168,6 @@ def albumentations_augment(
     fill = tuple(round(255*c) for c in mean)
     return [Albumentations(A.Compose([
         A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size), A.HorizontalFlip(p=0.5),
-        A.Affine(translate_percent=0.06, scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5),
+        A.Affine(translate_percent=(-.0625, .0625), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5),
         A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(size//4, size//4), hole_width_range=(size//4, size//4),
                         fill=fill, p=0.5)]))]

@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
 import api
+from tables import RESULTS, hardware, load, minutes, percent, records, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,10 +72,10 @@ def front(nb):
     title,quote = re.search(r'^# (.+)$', text, re.M),re.search(r'^> (.+)$', text, re.M)
     return title[1] if title else '', quote[1] if quote else ''
 
-def pngs(nb):
-    "(source of a cell, its PNG) of all cells with one, in order"
-    return [(c['source'], base64.b64decode(''.join(o['data']['image/png']))) for c in nb['cells'] if c['cell_type']=='code'
-            for o in c['outputs'] if 'image/png' in o.get('data', {})]
+def pictures_of(nb):
+    "(source of a cell, 'png' or 'jpeg', the picture's bytes) of all cells with one, in order"
+    return [(c['source'], kind, base64.b64decode(''.join(o['data'][f'image/{kind}']))) for c in nb['cells'] if c['cell_type']=='code'
+            for o in c['outputs'] for kind in ('png', 'jpeg') if f'image/{kind}' in o.get('data', {})]
 
 _output = re.compile(r'^```\{output\} (\S+) (.+?)\n(.*?)^```$', re.M | re.S)
 
@@ -83,17 +84,15 @@ def outputs(text, notebooks, pictures):
     where there is none. Pictures are added to `pictures`"""
     def figure(m):
         nb = notebooks.get(f'nbs/{m[1]}.ipynb')
-        png = next((p for s,p in pngs(nb) if m[2] in s), None) if nb else None
-        if png is None: return ''
-        file = f'pictures/{m[1]}-{re.sub("[^a-z0-9]+", "-", m[2].lower()).strip("-")}.png'
-        pictures[file] = png
+        kind,data = next(((k, p) for s,k,p in pictures_of(nb) if m[2] in s), (None, None)) if nb else (None, None)
+        if kind is None: return ''
+        file = f'pictures/{m[1]}-{re.sub("[^a-z0-9]+", "-", m[2].lower()).strip("-")}.{kind}'
+        pictures[file] = data
         return f'```{{figure}} {file}\n{m[3]}```'
     return _output.sub(figure, text)
 
 
 # ---- tables
-
-def table(head, rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---']*len(head), *rows])
 
 def recipes():
     "The built-in recipes as dictionaries, evaluated from the text of the module"
@@ -109,12 +108,12 @@ def recipe_pages(notebooks):
     parts,pictures = [],{}
     for path,nb in notebooks.items():
         if not path.startswith('nbs/experiments/'): continue
-        name,(title,quote),found = Path(path).stem,front(nb),pngs(nb)
+        name,(title,quote),found = Path(path).stem,front(nb),pictures_of(nb)
         parts.append(f'## {title}\n\n{quote}\n\n```sh\ncifar-cam train {name}\n```')
-        curves = [p for s,p in found if 'plot_curves' in s][-1:]
-        for what,png in [*(('accuracy, loss and learning rate by epoch', p) for p in curves), *(('class activation maps', p) for _,p in found[-1:])]:
-            file = f'pictures/{name}-{len(pictures)}.png'
-            pictures[file] = png
+        curves = [f for f in found if 'plot_curves' in f[0]][-1:]
+        for what,(_,kind,data) in [*(('accuracy, loss and learning rate by epoch', f) for f in curves), *(('class activation maps', f) for f in found[-1:])]:
+            file = f'pictures/{name}-{len(pictures)}.{kind}'
+            pictures[file] = data
             parts.append(f'![{title}: {what}]({file})')
         parts.append(f'[The whole experiment]({place(path)})')
     found = recipes()
@@ -127,52 +126,35 @@ def recipe_pages(notebooks):
 
 # ---- records of runs
 
-def records():
-    "The folders below docs/results that hold a finished run"
-    return sorted(p.parent for p in (ROOT/'docs'/'results').rglob('metrics.json'))
-
-def _load(folder, name): return json.loads((folder/name).read_text()) if (folder/name).exists() else {}
-
-def hardware(env):
-    name = env.get('processor') or env['device']
-    return name if env['device'].startswith('cuda') else f"{name}, {env['threads']} threads"
-
-def _percent(x): return f'{100*x:.2f}'
-
 def result_pages():
-    "(Markdown, files): one table of all records, then a section for each with its epochs, what differs from the recipe, and its files"
-    rows,sections,copies,built_in = [],[],{},recipes()
+    "(Markdown, files): a section for each record with its epochs, what differs from the recipe, and its files"
+    sections,copies,built_in = [],{},recipes()
     for folder in records():
-        m,env,r = (_load(folder, f'{n}.json') for n in ('metrics', 'env', 'recipe'))
-        name = folder.relative_to(ROOT/'docs'/'results').as_posix()
-        lo,hi = map(_percent, m['accuracy_interval'])
+        m,env,r = (load(folder, f'{n}.json') for n in ('metrics', 'env', 'recipe'))
+        name = folder.relative_to(RESULTS).as_posix()
         protocol = 'on the test set, as published' if env.get('published_protocol') else m['chosen_on']
-        rows.append([f'[{name}](#{name.replace("/", "-")})', r['name'], m['epochs'], env['seed'], Path(env['data']).name, hardware(env),
-                     _percent(m['accuracy']), f'{lo} to {hi}', _percent(m['accuracy_flip_tta'])])
         sections.append(_section(folder, name, m, env, r, built_in, protocol))
         for f in sorted(folder.iterdir()):
             if f.is_file(): copies[f'results/{name}/{f.name}'] = f.read_bytes()
-    head = ['record', 'recipe', 'epochs', 'seed', 'data', 'hardware', 'accuracy, %', '95 % interval', 'with flip TTA, %']
-    return table(head, rows), '\n\n'.join(sections), copies
+    return '\n\n'.join(sections), copies
 
 def _section(folder, name, m, env, r, built_in, protocol):
     base = built_in.get(r['name'], {})
     changed = [f'`{k} = {json.dumps(v)}`' for k,v in r.items() if k in base and base[k]!=v]
     history = [l.split(',') for l in (folder/'history.csv').read_text().splitlines()]
-    show = lambda k,v: v if k=='epoch' else _percent(float(v)) if k.endswith('accuracy') else f'{float(v):.0f}' if k=='seconds' else f'{float(v):.4g}'
+    show = lambda k,v: v if k=='epoch' else percent(float(v)) if k.endswith('accuracy') else f'{float(v):.0f}' if k=='seconds' else f'{float(v):.4g}'
     rows = [[show(k, v) for k,v in zip(history[0], row)] for row in history[1:]]
     head = [h.replace('_', ' ') + ', %'*h.endswith('accuracy') for h in history[0]]
-    seconds = sum(float(row[history[0].index('seconds')]) for row in history[1:])
     classes = sorted(m['class_accuracy'].items(), key=lambda o: -o[1])
     versions = ', '.join(f'{k} {env[k]}' for k in ('python', 'torch', 'torchvision', 'fastai', 'grad-cam') if k in env)
     files = ', '.join(f'[{f.name}](results/{name}/{f.name})' for f in sorted(folder.iterdir()) if f.is_file())
-    facts = [f"One run of `{r['name']}`, seed {env['seed']}, {m['epochs']} epochs, {seconds/60:.0f} minutes of training on {hardware(env)}.",
+    facts = [f"One run of `{r['name']}`, seed {env['seed']}, {m['epochs']} epochs, {minutes(folder):.0f} minutes of training on {hardware(env)}.",
              f"{'What differs from the recipe: ' + ', '.join(changed) if changed else 'The recipe as it is'}. While it trained: {protocol}.",
              f"Published: {r['published']} % ({r['published_as']})." if r.get('published') else '',
              f"On {m['images']:,} test images the loss is {m['loss']:.4f}, the calibration error {m['calibration_error']:.4f}.",
              f'With {versions}.']
     return '\n\n'.join([f'({name.replace("/", "-")})=\n## {name}', ' '.join(filter(None, facts)), 'Epoch by epoch:', table(head, rows),
-                        'Accuracy of each class, %:', table([c for c,_ in classes], [[_percent(a) for _,a in classes]]), f'The record: {files}.'])
+                        'Accuracy of each class, %:', table([c for c,_ in classes], [[percent(a) for _,a in classes]]), f'The record: {files}.'])
 
 
 # ---- all of it
@@ -198,17 +180,17 @@ def gather():
     for path,nb in notebooks.items(): out[place(path)] = json.dumps(nb).encode()
 
     sections,settings,pictures = recipe_pages(notebooks)
-    results,details,copies = result_pages()
+    details,copies = result_pages()
     for m in modules: out[f'api/{m.name}.md'] = api.page(m).encode()
     reading = table(['notebook', 'about'], [[f'[{Path(p).stem}]({place(p)})', front(notebooks[p])[1]] for p in numbered])
     listed = table(['module', 'about'], [[f'[{m.name}](api/{m.name}.md)', api.text(m.doc)] for m in modules])
     starred = re.findall(r'from cifar_cam\.(\w+) import \*', (ROOT/'cifar_cam'/'all.py').read_text())
     survives = next((ast.unparse(m.names['SURVIVES'].value) for m in modules if 'SURVIVES' in m.names), '')
-    filled = dict(survives=survives, all=', '.join(f'`{m}`' for m in starred), recipes=sections, settings=settings, results=results, records=details, notebooks=reading, modules=listed.replace('](api/', ']('),
+    filled = dict(survives=survives, all=', '.join(f'`{m}`' for m in starred), recipes=sections, settings=settings, records=details, notebooks=reading, modules=listed.replace('](api/', ']('),
                   experiments=_toctree('', [doc(p) for p in notebooks if p.startswith('nbs/experiments/')]).replace(':caption: \n', ''))
     for f in sorted((ROOT/'docs').glob('*.md')):
         text = outputs(relink(f.read_text(), f'docs/{f.name}'), notebooks, pictures)
-        out[f.name if f.name!='api.md' else 'api/index.md'] = re.sub(r'<!-- (\w+) -->', lambda m: filled[m[1]], text).encode()
+        out[f.name if f.name!='api.md' else 'api/index.md'] = re.sub(r'<!-- (\w+) -->', lambda m: filled.get(m[1], m[0]), text).encode()
     for f in (ROOT/'docs'/'images').iterdir(): out[f'images/{f.name}'] = f.read_bytes()
     return out | pictures | copies
 

@@ -64,6 +64,37 @@ def test_the_order_is_crop_flip_cutout_whatever_the_list(img):
     assert names == ['PadCrop', 'Flip', 'Cutout']
 
 
+def told(out):
+    "Of images whose red is the column and whose green is the row each pixel came from: hole's rows and columns, both ends of the windows, mirrored or not"
+    red,green,blue = out.long().unbind(1)
+    hole = blue != 255
+    place = torch.arange(32.)
+    rows,cols = hole.any(2).double(),hole.any(1).double()
+    whole = ~hole
+    ends = [torch.where(whole, c, o).flatten(1).aminmax(dim=1)[i] for c in (red, green) for i,o in ((0, 99), (1, -1))]
+    turned = torch.where(whole, red, -1)
+    mirrored = [(r[w] @ (place[w.nonzero()[:, 1]].long() - 16) < 0).double() for r,w in zip(turned, whole)]
+    return dict(height=rows.sum(1), width=cols.sum(1), top=(rows*place).sum(1)/rows.sum(1), left=(cols*place).sum(1)/cols.sum(1),
+                ends=torch.stack(ends, 1).double() @ torch.tensor([1., 7., 60., 500.]).double(), mirrored=torch.stack(mirrored))
+
+
+def test_items_and_batches_have_the_same_distribution():
+    from scipy.stats import ks_2samp
+    i,j = np.mgrid[:32, :32]
+    img = PILImage.create(np.stack([j, i, np.full_like(i, 255)], -1).astype('uint8'))
+    def tell(tfms, way):
+        tfm = Pipeline(tfms)
+        tfm.split_idx = 0
+        random.seed(0); torch.manual_seed(0)
+        return told(torch.stack([as_tensor(tfm(img)) for _ in range(3000)]) if way == 'items' else tfm(batch_of(img, 3000)).as_subclass(torch.Tensor))
+    def same(a, b): return min(ks_2samp(a[k], b[k]).pvalue for k in a)
+    items = tell(cifar_augment(cutout=12), 'items')
+    assert same(items, tell(cifar_augment(cutout=12), 'batch')) > 1e-3
+    # what it would notice: a hole of another size, a narrower or a black border, too few mirror images
+    for other in cifar_augment(cutout=11), cifar_augment(cutout=12, pad=3), [PadCrop(4, 'constant'), Flip(), Cutout(12)], cifar_augment(cutout=12, flip=False):
+        assert same(items, tell(other, 'batch')) < 1e-6
+
+
 def test_validation_images_are_left_alone(img):
     for tfm in cifar_augment() + albumentations_augment():
         for idx in 1, 2: assert np.array_equal(np.array(tfm(img, split_idx=idx)), np.array(img))
@@ -100,6 +131,16 @@ def test_albumentations_gets_and_gives_numpy_and_repeats_with_the_seed(img):
         random.seed(seed)
         return [np.array(tfm(img, split_idx=0)).tobytes() for _ in range(10)]
     assert ten(1) == ten(1) != ten(2) and len(set(ten(1))) > 5
+
+
+def test_albumentations_moves_images_to_all_sides_alike():
+    i,j = np.mgrid[:32, :32]
+    img = PILImage.create(np.stack([j, i, np.full_like(i, 255)], -1).astype('uint8'))   # red is the column, green the row that a pixel came from
+    random.seed(0)
+    tfm = albumentations_augment()[0]
+    out = [np.array(tfm(img, split_idx=0))[16, 16].astype(int) for _ in range(3000)]
+    rows = np.array([green - 16 for red,green,blue in out if blue == 255])
+    assert abs(rows.mean()) < .2 and rows.min() <= -4 and rows.max() >= 4   # 0.05 is the standard error
 
 
 # --- flips in turn, views

@@ -1,13 +1,14 @@
 """All benchmarks, one table of ratios: python tests/bench/run_all.py [--data cifar10] [--device cpu|cuda] [--airbench airbench94_muon.py] [--json PATH]
 
-Loader, training step, CAM pass; with --airbench also whole training runs (`speedrun`, three seeds) against that script. Nothing else should run on the machine.
+Loader, loop, training step, CAM pass, trainings from memory and from files; with --airbench also whole training runs (`speedrun`, three seeds) against that script: some minutes on
+a GPU, more than an hour on two CPU cores. Nothing else should run on the machine.
 The ratios are of contenders that took turns in one process; the times of each are in the JSON file."""
 import argparse, json
 from pathlib import Path
 
 import torch
 
-import cam_cost, loader_cost, loop_cost, speedrun, step_cost
+import cam_cost, loader_cost, loop_cost, paths, speedrun, step_cost
 
 
 def main():
@@ -28,6 +29,7 @@ def main():
     take(loop_cost.measure(device=a.device))
     take(step_cost.measure(a.data, rounds=a.rounds, device=a.device))
     take(cam_cost.measure(rounds=a.rounds, device=a.device))
+    take(paths.measure(a.data, device=a.device))
     if a.airbench: take(speedrun.measure(a.airbench, a.data, a.device, out=a.out))
 
 

@@ -1,0 +1,106 @@
+"""The tables of results, made of the records in docs/results: python docs/tables.py [RUN...]
+
+Copies the records of the finished runs named, if any, and writes the table into docs/results.md and nbs/index.ipynb, from which `.ci/readme` makes README.md, and what `cifar-cam recipes`
+says into cifar_cam/published/ours.csv. A run of several seeds is the folder that `cifar-cam train --runs` made. Without a new record nothing changes."""
+import csv, json, re, shutil, subprocess, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT/'docs'/'results'
+RECORD = 'recipe.json', 'env.json', 'history.csv', 'metrics.json', 'lrs.json', 'score.json'
+BETWEEN = re.compile(r'(<!-- results -->\n).*?(\n<!-- /results -->)', re.S)
+
+
+def load(folder, name): return json.loads((folder/name).read_text())
+
+def records():
+    "The folders below docs/results that hold a finished run"
+    return sorted(p.parent for p in RESULTS.rglob('metrics.json'))
+
+def groups():
+    "(folder, its runs): a run alone, or the runs of several seeds"
+    found = {}
+    for run in records(): found.setdefault(run.parent if (run.parent/'summary.json').exists() else run, []).append(run)
+    return found.items()
+
+def percent(x): return f'{100*x:.2f}'
+
+def hardware(env):
+    name = env.get('processor') or env['device']
+    return name if env['device'].startswith('cuda') else f"{env['threads']} threads of an {name}"
+
+def minutes(run):
+    "Training alone, where the history tells it apart from what was measured after each epoch"
+    rows = list(csv.DictReader((run/'history.csv').open()))
+    return sum(float(r.get('train_seconds') or r['seconds']) for r in rows)/60
+
+def mean(numbers): return sum(numbers)/len(numbers)
+
+def table(head, rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---']*len(head), *rows])
+
+
+HEAD = 'recipe', 'published, %', 'ours, %', '95 % interval', 'with TTA, %', 'epochs', 'seeds', 'minutes', 'hardware'
+
+def row(folder, runs, to):
+    "A line of the table; `to` leads from where it stands to docs/results"
+    metrics,env,recipe = [load(r, 'metrics.json') for r in runs],load(runs[0], 'env.json'),load(runs[0], 'recipe.json')
+    lo,hi = load(folder, 'summary.json')['interval'] if len(runs) > 1 else metrics[0]['accuracy_interval']
+    published = f"{recipe['published']} {recipe['published_as']}" if recipe['published'] else '—'
+    with_tta = mean([m.get('accuracy_tta', m['accuracy_flip_tta']) for m in metrics])
+    return [f"[{recipe['name']}]({to}{folder.relative_to(RESULTS)}/)", published, percent(mean([m['accuracy'] for m in metrics])), f'{percent(lo)} to {percent(hi)}',
+            percent(with_tta), metrics[0]['epochs'], len(runs), f'{mean([minutes(r) for r in runs]):.0f}', hardware(env)]
+
+def in_order():
+    "The groups in the order of the recipes, the longest training first"
+    order = re.findall(r"Recipe\('([\w-]+)'", (ROOT/'cifar_cam'/'recipes.py').read_text())
+    def key(group):
+        recipe = load(group[1][0], 'recipe.json')
+        return order.index(recipe['name']) if recipe['name'] in order else len(order), -recipe['epochs']
+    return sorted(groups(), key=key)
+
+def results(to, shortest=1):
+    "The table of trainings of at least `shortest` epochs"
+    return table(HEAD, [row(folder, runs, to) for folder,runs in in_order() if load(runs[0], 'recipe.json')['epochs'] >= shortest])
+
+def ours():
+    "The longest training of each recipe, as CSV"
+    lines = {}
+    for _,runs in in_order():
+        recipe,accuracy = load(runs[0], 'recipe.json'),mean([load(r, 'metrics.json')['accuracy'] for r in runs])
+        lines.setdefault(recipe['name'], f"{recipe['name']},{percent(accuracy)},{recipe['epochs']},{len(runs)}\n")
+    return 'recipe,accuracy,epochs,seeds\n' + ''.join(lines.values())
+
+
+def filled(text, to, shortest=1):
+    "`text` with the table between its marks"
+    assert BETWEEN.search(text), 'no marks for the table'
+    return BETWEEN.sub(lambda m: f"{m[1]}\n{results(to, shortest)}\n{m[2]}", text)
+
+def pages():
+    "Path → text of what is made of the records"
+    index = json.loads((ROOT/'nbs'/'index.ipynb').read_text())
+    for cell in index['cells']:
+        text = ''.join(cell['source'])
+        if BETWEEN.search(text): cell['source'] = filled(text, '../docs/results/', shortest=4).splitlines(keepends=True)
+    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), 'results/'),
+            ROOT/'cifar_cam'/'published'/'ours.csv': ours(),
+            ROOT/'nbs'/'index.ipynb': json.dumps(index, ensure_ascii=False, indent=1) + '\n'}
+
+
+def add(folder):
+    "Copy what a record needs of a run's folder, or of a folder of several seeds"
+    if not (folder/'metrics.json').exists() and not (folder/'summary.json').exists(): sys.exit(f'{folder}: is no finished run')
+    seeds = [p.parent for p in folder.glob('*/metrics.json')]
+    recipe = load(seeds[0] if seeds else folder, 'recipe.json')
+    name = f"{recipe['name']}-{len(seeds)}-seeds" if seeds else f"{recipe['name']}-{recipe['epochs']}-epochs"
+    for part in [folder, *seeds]:
+        to = RESULTS/name/part.relative_to(folder)
+        to.mkdir(parents=True, exist_ok=True)
+        for file in (*RECORD, 'summary.json'):
+            if (part/file).exists(): shutil.copy(part/file, to/file)
+
+
+if __name__ == '__main__':
+    for name in sys.argv[1:]: add(Path(name).resolve())
+    for path,text in pages().items(): path.write_text(text)
+    subprocess.run([ROOT/'.ci'/'readme'], check=True)

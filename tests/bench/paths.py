@@ -1,0 +1,65 @@
+"""The same training from memory and from files: python tests/bench/paths.py [--data cifar10] [--json PATH]
+
+`davidnet` on a part of the training images, the test images whole: once with `cifar_dls`' loaders in memory, which augment whole batches, once with fastai's loaders, which
+open and augment image by image. Several seeds of each; both must reach the same accuracy."""
+import argparse, json, tempfile
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from cifar_cam.all import cifar_augment, cifar_dls, cifar_learner, data_path, image_files
+from turns import machine, seconds
+
+
+def part(path, n, folder):
+    "Links to `n` training images, as many of each class, and to all test images"
+    files = [f for f in image_files(path) if f.parent.parent.name == 'train']
+    classes = sorted({f.parent.name for f in files})
+    for c in classes:
+        (folder/'train'/c).mkdir(parents=True)
+        for f in [f for f in files if f.parent.name == c][:n//len(classes)]: (folder/'train'/c/f.name).symlink_to(f)
+    (folder/'test').symlink_to(path/'test')
+    return folder
+
+
+def train(path, in_memory, seed, epochs, device):
+    "(accuracy of the last epoch on the test images, seconds)"
+    workers = {} if in_memory else dict(num_workers=2)
+    dls = cifar_dls(path, cifar_augment(cutout=8), bs=128, in_memory=in_memory, seed=seed, device=torch.device(device), **workers)
+    learn = cifar_learner(dls, 'davidnet', seed=seed)
+    def fit():
+        with learn.no_bar(), learn.no_logging(): learn.fit_triangle(epochs, .003, .1, peak=1)
+    took = seconds(fit, device)
+    return learn.recorder.values[-1][-1], took
+
+
+def measure(data='cifar10', n=6000, epochs=4, seeds=2, device='cpu'):
+    "A row for each training; the ratio is that of the times"
+    with tempfile.TemporaryDirectory() as tmp:
+        path = part(data_path(data), n, Path(tmp))
+        rows = []
+        for seed in range(seeds):
+            for in_memory in True, False:
+                accuracy,took = train(path, in_memory, seed, epochs, device)
+                rows.append(dict(run='in memory' if in_memory else 'from files', seed=seed, accuracy=accuracy, seconds=took))
+    of = lambda name, key: [r[key] for r in rows if r['run'] == name]
+    return dict(benchmark='paths', images=n, epochs=epochs, **machine(device), rows=rows,
+                accuracy={name: dict(mean=mean(a := of(name, 'accuracy')), std=stdev(a) if len(a) > 1 else None) for name in ('in memory', 'from files')},
+                ratios={'davidnet: from files ÷ in memory': mean(of('from files', 'seconds'))/mean(of('in memory', 'seconds'))})
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', default='cifar10')
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p.add_argument('--seeds', type=int, default=2)
+    p.add_argument('--json', type=Path, help='write the result here too')
+    a = p.parse_args()
+    res = measure(a.data, seeds=a.seeds, device=a.device)
+    for r in res['rows']: print(f"  {r['run']:12} seed {r['seed']}  {100*r['accuracy']:.2f} %  {r['seconds']:.0f} s")
+    for name,m in res['accuracy'].items(): print(f"{name}: {100*m['mean']:.2f} % ± {100*(m['std'] or 0):.2f}")
+    if a.json: a.json.write_text(json.dumps(res, indent=1) + '\n')
+
+
+if __name__ == '__main__': main()
