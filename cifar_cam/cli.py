@@ -21,7 +21,7 @@ from typing import Annotated
 from . import __version__
 from .data import InputError
 from .interpret import explain_image
-from .recipes import (Recipe, find_recipe, folder_for, load_run, pick_lrs, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds,
+from .recipes import (Recipe, find_recipe, folder_for, load_run, pick_lrs, pretrained_run, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds,
                                train_run)
 from .report import compare_runs, write_report
 from .score import CAM_METHODS, score_run
@@ -125,13 +125,13 @@ def cam(
 # %% ../nbs/11_cli.ipynb #b2d7c3b4
 def explain(
     images:Annotated[str, {'nargs':'+', 'opt':False}], # photos of any size and kind
-    run:Annotated[str, {'opt':True, 'required':True}], # a finished run's folder: its network is asked
+    run:str=None, # a finished run's folder: its network is asked; by default the one that comes with the package
     out:str='.', # the folder that gets the pictures
     method:str='gradcam', # a CAM method of the grad-cam library
     layer:str='auto', # the layer whose map is drawn; auto takes the deepest that is at least 5×5
 ):
     "Show a photo's three likeliest classes, and where the network looked"
-    o = load_run(run)
+    o = load_run(run) if run else pretrained_run()
     about = dict(vocab=list(o.model and o.metrics['class_accuracy']), stats=(o.metrics['mean'], o.metrics['std']), size=o.metrics['size'])
     names = []
     for image in images:

@@ -9,9 +9,9 @@ __all__ = ['SCHEDULES', 'AUGMENTS', 'RECIPES', 'ENV', 'METRICS', 'LATER', 'SHARE
            'calibration_error', 'accuracy_interval', 'evaluate', 'image_format', 'environment', 'new_run_folder',
            'folder_for', 'tensorboard_logs', 'check_parts', 'run_recipe', 'train_run', 'read_record', 'read_history',
            'read_lrs', 'Run', 'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds', 'model_card',
-           'push_to_hub']
+           'push_to_hub', 'ship_run', 'pretrained_run']
 
-# %% ../nbs/09_recipes.ipynb #9d761650
+# %% ../nbs/09_recipes.ipynb #d35b3531
 import json, os, platform, reprlib, shlex, shutil, tempfile, time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 from fastai.callback.tracker import TrackerCallback
 from fastai.vision.all import (Callback, DataLoaders, Learner, Normalize, ParamScheduler, SchedCos, SchedLin, default_device, first,
-                               get_model, num_distrib, rank_distrib)
+                               get_model, num_distrib, patch, rank_distrib)
 from fastprogress import progress_bar
 from safetensors.torch import load, save
 from scipy.stats import binomtest, t as student_t
@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from . import __version__
 from .augment import TTA, AlternatingFlip, albumentations_augment, cifar_augment
-from .data import CIFAR10, InputError, check_seed, cifar_dls, data_checksum, data_path, remove_leftovers, writing
+from .data import CIFAR10, InputError, check_seed, cifar_dls, data_checksum, data_path, remove_leftovers, sha256, writing
 from .interpret import CamInterpretation
 from .models import MODELS, NORMS, build_model, count_parameters
 from .schedule import Plateau, find_lrs, plot_triangle
@@ -113,7 +113,7 @@ def chooses(
     found = r.lr=='find' or (r.schedule=='triangle' and r.lr_min=='find')
     return ['learning rate']*found + ['plateau steps']*(r.schedule=='plateau') + ['best epoch']*r.keep_best
 
-# %% ../nbs/09_recipes.ipynb #35c26063
+# %% ../nbs/09_recipes.ipynb #25421448
 RECIPES = {r.name: r for r in (
     Recipe('resnet18-plateau', epochs=50, bs=64, schedule='plateau', factor=.93, patience=2, l1=1e-5, keep_best=True, cutout=0,
            published=89.63, published_as='best of 50'),
@@ -123,8 +123,8 @@ RECIPES = {r.name: r for r in (
     Recipe('resnet18-albumentations', epochs=50, bs=64, lr=.01, schedule='plateau', augment='albumentations',
            published=90.26, published_as='at 50'),
     Recipe('resnet18-layernorm', norm='layer', epochs=40, bs=256, opt='adam', published=86.11, published_as='at 40'),
-    Recipe('speedrun', 'speednet', epochs=8, bs=2000, opt='muon', lr=.24, schedule='linear', wd=.11, label_smoothing=.2,
-           augment='alternating', cutout=0, resize='16,20,20,24,24,28,32,32', tta='flip-translate'))}
+    Recipe('speedrun', 'speednet', epochs=9, bs=2000, opt='muon', lr=.24, schedule='linear', wd=.11, label_smoothing=.2,
+           augment='alternating', cutout=0, resize='20,20,24,24,28,28,32,32,32', tta='flip-translate'))}
 
 def find_recipe(
     name:str, /, # a key of `RECIPES`, or a TOML file
@@ -177,13 +177,15 @@ def load_published(
     path = files('cifar_cam')/'published'/f'{name}.csv'
     return pd.read_csv(path) if path.is_file() else None
 
-# %% ../nbs/09_recipes.ipynb #d0dea071
+# %% ../nbs/09_recipes.ipynb #d45b19c4
 def recipe_table() -> pd.DataFrame:
-    "The built-in recipes: network, parameters, training, published accuracy"
+    "The built-in recipes: network, parameters, training, published accuracy and ours"
+    done = pd.read_csv(files('cifar_cam')/'published'/'ours.csv').set_index('recipe').to_dict('index')
+    ours = {k: f"{v['accuracy']:.2f} in {v['epochs']:.0f} epochs" + f", {v['seeds']:.0f} seeds"*(v['seeds'] > 1) for k,v in done.items()}
     return pd.DataFrame([dict(
         recipe=r.name, network=f'{r.arch}, {r.norm} norm', parameters=f'{count_parameters(build_model(r.arch, norm=r.norm)):,}',
         epochs=r.epochs, batch=r.bs, optimizer=r.opt, lr=r.lr, schedule=r.schedule, augment=r.augment, cutout=r.cutout,
-        published=f'{r.published} {r.published_as}' if r.published else '—') for r in RECIPES.values()])
+        published=f'{r.published} {r.published_as}' if r.published else '—', ours=ours.get(r.name, '—')) for r in RECIPES.values()])
 
 # %% ../nbs/09_recipes.ipynb #5e9aced6
 def recipe_dls(
@@ -290,13 +292,15 @@ class KeepBest(TrackerCallback):
         super().after_epoch()
         if self.new_best: save_atomically(lambda f: save_weights(get_model(self.model), f), self.path)
 
-# %% ../nbs/09_recipes.ipynb #c105689f
+# %% ../nbs/09_recipes.ipynb #da8beccd
 def save_weights(
     model, # any network
     path:Path, # a .safetensors file
+    half:bool=False, # in float16: half the bytes
 ):
     "Write all parameters and buffers of `model`"
-    Path(path).write_bytes(save({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}))
+    number = lambda v: v.half() if half and v.is_floating_point() else v
+    Path(path).write_bytes(save({k: number(v.detach().cpu()).contiguous() for k,v in model.state_dict().items()}))
 
 def load_weights(
     model, # a network of the same architecture
@@ -574,7 +578,7 @@ def read_lrs(
     if not rate(lr) or not (lr_min in (None, 'find') or rate(lr_min)): raise InputError(f'{path}: holds no learning rates; delete it, and they are found anew')
     return lr_min,lr
 
-# %% ../nbs/09_recipes.ipynb #30e3df3e
+# %% ../nbs/09_recipes.ipynb #827ac216
 class Run:
     "A run folder: `recipe`, `env`, `history`, `metrics`, `learn`"
     def __init__(self, path:str|Path):
@@ -604,9 +608,14 @@ class Run:
         return f'{what} chosen on ' + ('the TEST set, as published' if self.env['published_protocol'] else 'held-out images')
 
     @property
+    def data_name(self) -> str:
+        "'cifar10' for CIFAR-10, wherever it lies; else the last part of the path"
+        return 'cifar10' if list(self.metrics.get('class_accuracy', ()))==CIFAR10 else Path(self.env['data']).name
+
+    @property
     def published(self) -> pd.DataFrame:
         "Curves of the published experiment, if this run is on its data"
-        return load_published(self.recipe.name) if list(self.metrics.get('class_accuracy', ()))==CIFAR10 else None
+        return load_published(self.recipe.name) if self.data_name=='cifar10' else None
 
     @cached_property
     def dls(self) -> DataLoaders:
@@ -670,7 +679,7 @@ def load_run(
     "The run in a folder. Raises InputError where there is none"
     return Run(path)
 
-# %% ../nbs/09_recipes.ipynb #b96d16c3
+# %% ../nbs/09_recipes.ipynb #c9e1f709
 def plot_curves(
     history:pd.DataFrame, # of a run
     published:pd.DataFrame=None, # from `load_published`
@@ -679,16 +688,17 @@ def plot_curves(
     "Accuracy and loss by epoch, the published curves behind, the learning rate beneath"
     h = history
     fig,axs = plt.subplots(2, 2, figsize=(11, 5.4), height_ratios=(3, 1), sharex='col', layout='constrained')
-    test = 'test_accuracy' if 'test_accuracy' in h else 'valid_accuracy'
+    held = 'test_accuracy' in h  # then the validation images are held-out ones
+    test = 'test_accuracy' if held else 'valid_accuracy'
     if published is not None:
         axs[0,0].plot(published.epoch, published.train_accuracy, c='0.7', ls=':', label='published, train')
         axs[0,0].plot(published.epoch, published.test_accuracy, c='0.6', label='published, test')
     axs[0,0].plot(h.epoch, 100*h.train_accuracy, c='C0', ls=':', label='train (augmented)')
-    if test!='valid_accuracy': axs[0,0].plot(h.epoch, 100*h.valid_accuracy, c='C2', lw=1, label='held out')
+    if held: axs[0,0].plot(h.epoch, 100*h.valid_accuracy, c='C2', lw=1, label='held out')
     axs[0,0].plot(h.epoch, 100*h[test], c='C1', lw=2, marker='o', ms=3, label='test')
     axs[0,0].set(ylabel='accuracy, %')
     axs[0,1].plot(h.epoch, h.train_loss, c='C0', ls=':', label='train (augmented)')
-    axs[0,1].plot(h.epoch, h.valid_loss, c='C1', lw=2, marker='o', ms=3, label='held out' if test!='valid_accuracy' else 'test')
+    axs[0,1].plot(h.epoch, h.valid_loss, c='C2' if held else 'C1', lw=2, marker='o', ms=3, label='held out' if held else 'test')
     axs[0,1].set(ylabel='loss')
     for ax in axs[0]: ax.legend(fontsize=8); ax.grid(alpha=.3)
     for ax in axs[1]: ax.plot(h.epoch, h.lr, c='0.3', marker='.'); ax.set(xlabel='epoch', ylabel='LR at the end'); ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
@@ -750,7 +760,7 @@ def run_seeds(
     _write_json(dict(seed_summary(accuracies), runs=[name for _,name,_ in done], accuracies=accuracies), path/'summary.json')
     return path
 
-# %% ../nbs/09_recipes.ipynb #b365b749
+# %% ../nbs/09_recipes.ipynb #2443dd6d
 SHARED = ['*.json', 'history.csv', 'weights.safetensors', 'figures/*.png', 'report.html', 'README.md']
 
 def model_card(
@@ -765,10 +775,15 @@ tags: [image-classification, fastai, grad-cam]
 ---
 # {r.name}
 
-{r.arch} with {r.norm} normalisation, {r.epochs} epochs on `{Path(run.env["data"]).name}`, seed {run.env["seed"]}: {100*m["accuracy"]:.2f} % of {m["images"]:,} test images,
+{r.arch} with {r.norm} normalisation, {r.epochs} epochs on `{run.data_name}`, seed {run.env["seed"]}: {100*m["accuracy"]:.2f} % of {m["images"]:,} test images,
 {100*m["accuracy_flip_tta"]:.2f} % averaged with their mirror images; {run.chosen_on}. Trained on {run.env["processor"]}.
 
-`cifar-cam explain photo.jpg --run FOLDER` asks it about a photo. It knows {", ".join(m["class_accuracy"])}, and nothing else.
+Licence: Apache 2.0 for the weights. {"CIFAR-10 is from Krizhevsky, *Learning Multiple Layers of Features from Tiny Images* (2009)." if run.data_name=="cifar10" else ""}
+
+`cifar-cam explain photo.jpg --run FOLDER` asks it about a photo.
+
+Limits: it knows {", ".join(m["class_accuracy"])}, and nothing else; whatever it sees becomes one of these. A photo is squeezed to
+{m["size"][0]}×{m["size"][1]} pixels. The accuracy is that of images like those it was trained on; photos of other kinds do worse.
 """
 
 def push_to_hub(
@@ -786,3 +801,37 @@ def push_to_hub(
     url = api.create_repo(repo, private=private, exist_ok=True)
     api.upload_folder(repo_id=repo, folder_path=run.path, allow_patterns=SHARED)
     return str(url)
+
+# %% ../nbs/09_recipes.ipynb #aeee94e9
+def ship_run(
+    run:Run, # a finished run
+    path:str|Path, # the folder that gets the record, float16 weights and a model card
+) -> Run: # what lies there
+    "A run folder small enough for a wheel. Its metrics are those of the rounded weights"
+    path,learn = Path(path),recipe_learner(run.recipe, run.dls, run.env['seed'])
+    path.mkdir(parents=True, exist_ok=True)
+    for name in 'recipe.json', 'env.json', 'history.csv': shutil.copy(run.path/name, path/name)
+    save_weights(run.model, path/'weights.safetensors', half=True)
+    load_weights(learn.model, path/'weights.safetensors')
+    _write_json(run.metrics | evaluate(learn, learn.dls[-1], run.recipe.tta) | dict(weights_sha256=sha256(path/'weights.safetensors')), path/'metrics.json')
+    shipped = load_run(path)
+    (path/'README.md').write_text(model_card(shipped))
+    return shipped
+
+# %% ../nbs/09_recipes.ipynb #f40d51e0
+def pretrained_run() -> Run:
+    "The network that comes with the package, as a run folder: `.model` needs no data and no network connection"
+    return load_run(files('cifar_cam')/'pretrained')
+
+@patch(cls_method=True)
+def from_pretrained(cls:CamInterpretation,
+    dls:DataLoaders, # of CIFAR-10, from `cifar_dls`
+    ds_idx:int=1, # which of its loaders: 0 train, 1 validation, -1 the last
+) -> CamInterpretation:
+    "What the network that comes with the package makes of the images of `dls`. Raises InputError for other classes, sizes or normalisation"
+    run = pretrained_run()
+    known,given = list(run.metrics['class_accuracy']),[str(c) for c in dls.vocab]
+    if known!=given: raise InputError(f"the network that comes with the package knows {', '.join(known)}; these images are of {', '.join(given)}: train one, and use from_learner")
+    wanted,found = ({k: m[k] for k in ('size', 'mean', 'std')} for m in (run.metrics, image_format(dls)))
+    if wanted!=found: raise InputError(f'the network that comes with the package sees images of {wanted}; these are of {found}')
+    return cls.from_learner(cifar_learner(dls, run.model), ds_idx)

@@ -450,7 +450,7 @@ def cifar_learner(
     check_seed(seed)
     torch.manual_seed(seed)
     model = build_model(arch, len(dls.vocab), norm) if isinstance(arch, str) else arch
-    if hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))
+    if isinstance(arch, str) and hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))
     if bf16 is None: bf16 = has_bf16(dls.device)
     basic = [TrainEvalCallback(), CastToTensor(), LightRecorder(train_metrics=True), LightProgress()]
     ours = [SeedEpochs(seed), StopOnNaN(), LogLR(), *[Bf16()]*bf16]

@@ -63,7 +63,7 @@ WORDS = [(TRAIN + words, word) for words,word in [
     ('cam {run} --layer nope', 'nope'), ('cam {run} --layer fc', 'layer Linear'), ('cam {run} --which all', 'all'), ('cam {run} --min-px 1000', '1000'),
     ('explain nothing.png --run {run} --out new', 'nothing.png'), ('explain file --run {run}', 'file'), ('explain empty --run {run}', 'empty'), ('explain {photo} --run nowhere', 'nowhere'),
     ('explain {photo} --run {run} --out file', 'is a file'), ('explain {photo} --run {run} --layer nope --out new', 'nope'), ('explain {photo} --run {run} --method nope', 'nope'),
-    ('explain --run {run}', 'images'), ('explain {photo}', '--run'), (f'explain {{photo}} --run {{run}} --out {LONG}', 'too long'), (f'explain {LONG} --run {{run}}', LONG),
+    ('explain --run {run}', 'images'), (f'explain {{photo}} --run {{run}} --out {LONG}', 'too long'), (f'explain {LONG} --run {{run}}', LONG),
     ('score {run} --n 0', 'n=0'), ('score {run} --n -1', 'n=-1'), ('score {run} --seed -1', 'seed=-1'), ('score {run} --montages -1', 'montages=-1'), ('score empty', 'empty'),
     ('report {run} --out page.html', '--out'), ('report {run} {run} --out empty', 'empty'), ('report {run} {run} --out no/page.html', 'no/page.html'), ('report {run} nowhere', 'nowhere'), ('report empty', 'empty')]
 

@@ -1,4 +1,4 @@
-import hashlib, io, os, shutil, tarfile
+import hashlib, io, os, shutil, subprocess, sys, tarfile
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,14 @@ def test_an_argument_comes_before_the_variable(tmp_path, small_counts, monkeypat
     monkeypatch.setattr(data, '_folder_or_archive', lambda path, check: Path(path))
     monkeypatch.setenv('CIFAR_CAM_DATA', str(a))
     assert cifar_path() == a and cifar_path(b) == b
+
+
+def test_a_part_of_cifar_is_a_data_set_unless_it_claims_to_be_whole(shapes, tmp_path):
+    for split in 'train', 'test':
+        for ours,name in zip(sorted((shapes/split).iterdir()), CIFAR10): shutil.copytree(ours, tmp_path/split/name)
+    assert len(cifar_dls(tmp_path, bs=10).train_ds) == 300
+    (tmp_path/'labels.txt').write_text('\n'.join(CIFAR10))
+    with pytest.raises(InputError, match='5,000'): cifar_dls(tmp_path, bs=10)
 
 
 def test_a_path_that_is_not_there_is_an_error_that_says_what_to_do(tmp_path):
@@ -301,3 +309,35 @@ def test_the_loaders_of_a_set_share_one_block_of_memory(shapes):
 def test_the_real_set_is_whole(cifar10):
     assert check_cifar(cifar10) == cifar10
     assert len(image_files(cifar10)) == 60_000
+
+
+@pytest.mark.real
+def test_loaders_and_cache_add_at_most_400_mb_to_the_peak_of_a_training(cifar10):
+    done = subprocess.run([sys.executable, '-c', PEAK, str(cifar10)], capture_output=True, text=True)
+    before,after = map(int, done.stdout.splitlines()[-1].split())
+    assert 100 < after - before < 400, done.stdout
+
+
+# The first training has batches of the same shape and no data set: what it takes for them is no loader's.
+PEAK = """
+import sys, torch
+from fastai.vision.all import DataLoaders, TfmdDL
+from torch import nn
+from cifar_cam.all import *
+
+class OneBatch(TfmdDL):
+    dataset,vocab = None,list(range(10))
+    def __init__(self, bs, steps): self.bs,self.steps,self.n,self.device,self.batch = bs,steps,bs*steps,torch.device('cpu'),(torch.randn(bs, 3, 32, 32), torch.randint(10, (bs,)))
+    def __iter__(self): return (tuple(o.clone() for o in self.batch) for _ in range(self.steps))
+    def __len__(self): return self.steps
+
+def peak_after_training(dls):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    learn = cifar_learner(dls, net)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])//1024
+
+without = DataLoaders(OneBatch(512, 20), OneBatch(2048, 5))
+without.vocab = OneBatch.vocab
+print(peak_after_training(without), peak_after_training(cifar_dls(sys.argv[1], cifar_augment(8), bs=512)))
+"""

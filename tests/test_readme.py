@@ -1,10 +1,11 @@
-import re
+import json, re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
 from cifar_cam.models import MODELS
+from cifar_cam.recipes import recipe_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,3 +22,25 @@ def test_the_notebook_code_of_readme_runs(shapes, narrow, tmp_path, monkeypatch)
 def test_the_files_that_readme_points_to_are_there():
     for link in re.findall(r'\]\(([^)#]+)\)', (ROOT/'README.md').read_text()):
         if '://' not in link: assert (ROOT/link).exists(), link
+
+
+def test_the_table_of_results_is_what_the_records_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'docs')
+    import tables
+    for path,text in tables.pages().items(): assert path.read_text() == text, f'{path.name}: run python docs/tables.py'
+    pages = [(ROOT/name).read_text().splitlines() for name in ('README.md', 'docs/results.md')]
+    for folder,runs in tables.groups():
+        accuracies,epochs = [json.loads((r/'metrics.json').read_text())['accuracy'] for r in runs],json.loads((runs[0]/'recipe.json').read_text())['epochs']
+        lines = [l for page in pages for l in page if f'results/{folder.name}/)' in l and l.startswith('|')]
+        assert len(lines) == 1 + (epochs >= 4)
+        for l in lines: assert f' {100*sum(accuracies)/len(runs):.2f} ' in l and f'| {epochs} | {len(runs)} |' in l
+
+
+def test_the_recipes_at_the_shell_say_what_our_longest_training_reached(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'docs')
+    import tables
+    told = recipe_table().set_index('recipe').ours
+    for recipe in told.index:
+        of = [(json.loads((r/'recipe.json').read_text()), json.loads((r/'metrics.json').read_text())) for r in tables.records()]
+        best = max((m['epochs'] for r,m in of if r['name']==recipe), default=None)
+        assert told[recipe] == '—' if best is None else f'in {best} epochs' in told[recipe] and float(told[recipe].split()[0]) > 0
