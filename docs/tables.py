@@ -4,6 +4,7 @@ Copies the records of the finished runs named, if any, and writes the table into
 says into cifar_cam/published/ours.csv. A run of several seeds is the folder that `cifar-cam train --runs` made. Without a new record nothing changes."""
 import csv, json, re, shutil, subprocess, sys
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT/'docs'/'results'
@@ -33,8 +34,6 @@ def minutes(run):
     "Training alone, where the history tells it apart from what was measured after each epoch"
     rows = list(csv.DictReader((run/'history.csv').open()))
     return sum(float(r.get('train_seconds') or r['seconds']) for r in rows)/60
-
-def mean(numbers): return sum(numbers)/len(numbers)
 
 def table(head, rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---']*len(head), *rows])
 
