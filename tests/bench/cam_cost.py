@@ -2,8 +2,6 @@
 
 Plain forward (no gradient), the engine and pytorch-grad-cam's plain call take turns in one process, so that other load on
 the machine meets them alike. The table has medians, and medians of the ratios of each round."""
-import argparse, json
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -11,7 +9,7 @@ from pytorch_grad_cam import GradCAM
 
 from cifar_cam.cam import cam_layer, cam_maps
 from cifar_cam.models import MODELS
-from turns import machine, ratio, take_turns
+from turns import keep, machine, options, ratio, take_turns
 
 
 def measure(arch='resnet18', bs=64, size=32, rounds=15, methods=('gradcam', 'hirescam', 'layercam', 'eigencam'), device='cpu'):
@@ -35,19 +33,15 @@ def measure(arch='resnet18', bs=64, size=32, rounds=15, methods=('gradcam', 'hir
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--json', type=Path, help='write the result here too')
+    p = options(__doc__, bs=64, rounds=15, device='cpu')
     p.add_argument('--arch', default='resnet18', choices=MODELS)
-    p.add_argument('--bs', type=int, default=64)
-    p.add_argument('--rounds', type=int, default=15)
-    p.add_argument('--device', default='cpu')
     a = p.parse_args()
     res = measure(a.arch, a.bs, rounds=a.rounds, device=a.device)
     print(f"{res['arch']}, {res['bs']} images of {res['size']}×{res['size']}, {res['device']}, {res['threads']} threads, "
           f"{res['rounds']} rounds\n{'run':32}{'s/batch':>9}{'images/s':>10}{'forwards':>10}")
     for r in res['rows']: print(f"{r['run']:32}{r['seconds']:9.3f}{r['images_per_s']:10.0f}{r['forwards']:10.2f}")
     print(f"gradcam against the library's: {res['ratios']['pytorch-grad-cam ÷ GradCAM']:.2f} times as fast, largest difference {res['max_abs_difference']:.0e}")
-    if a.json: a.json.write_text(json.dumps(res, indent=1)+'\n')
+    keep(res, a.json)
 
 
 if __name__ == '__main__': main()

@@ -2,9 +2,7 @@
 
 Three ways to the same batches (padded and cropped, mirrored, normalised): fastai's `ImageDataLoaders`, torchvision's `ImageFolder` in
 `torch.utils.data.DataLoader`, and `cifar_dls`. They take turns; the table has medians. Two worker processes for the first two."""
-import argparse, json
 from itertools import islice
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -14,7 +12,7 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from cifar_cam.all import cifar_augment, cifar_dls, data_path
-from turns import machine, ratio, take_turns
+from turns import keep, machine, options, ratio, take_turns
 
 
 def stock_dls(path, bs, device, workers=2):
@@ -52,14 +50,9 @@ def show(res):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--data', default='cifar10')
-    p.add_argument('--device', default='cpu')
-    p.add_argument('--rounds', type=int, default=3)
-    p.add_argument('--json', type=Path, help='write the result here too')
-    a = p.parse_args()
+    a = options(__doc__, data='cifar10', device='cpu', rounds=3).parse_args()
     show(res := measure(a.data, rounds=a.rounds, device=a.device))
-    if a.json: a.json.write_text(json.dumps(res, indent=1) + '\n')
+    keep(res, a.json)
 
 
 if __name__ == '__main__': main()

@@ -2,8 +2,6 @@
 
 A linear layer on 16 vectors, where a step of the network is nothing: what remains is the loop. Plain PyTorch, stock fastai and `cifar_learner` take turns; the table has
 medians over the rounds."""
-import argparse, json
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -12,7 +10,7 @@ from torch import nn
 
 from cifar_cam.all import cifar_learner
 from step_cost import Few
-from turns import machine, ratio, take_turns
+from turns import keep, machine, options, ratio, take_turns
 
 
 class OneBatch(TfmdDL):
@@ -51,14 +49,10 @@ def measure(steps=500, rounds=7, device='cpu'):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--device', default='cpu')
-    p.add_argument('--rounds', type=int, default=7)
-    p.add_argument('--json', type=Path, help='write the result here too')
-    a = p.parse_args()
+    a = options(__doc__, device='cpu', rounds=7).parse_args()
     res = measure(rounds=a.rounds, device=a.device)
     for r in res['rows']: print(f"  {r['run']:16}{r['us_per_step']:9.0f} µs a step")
-    if a.json: a.json.write_text(json.dumps(res, indent=1) + '\n')
+    keep(res, a.json)
 
 
 if __name__ == '__main__': main()

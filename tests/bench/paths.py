@@ -2,14 +2,14 @@
 
 `davidnet` on a part of the training images, the test images whole: once with `cifar_dls`' loaders in memory, which augment whole batches, once with fastai's loaders, which
 open and augment image by image. Several seeds of each; both must reach the same accuracy."""
-import argparse, json, tempfile
+import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
 from cifar_cam.all import cifar_augment, cifar_dls, cifar_learner, data_path, image_files
-from turns import machine, seconds
+from turns import BEST, keep, machine, options, seconds
 
 
 def part(path, n, folder):
@@ -50,16 +50,11 @@ def measure(data='cifar10', n=6000, epochs=4, seeds=2, device='cpu'):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--data', default='cifar10')
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--seeds', type=int, default=2)
-    p.add_argument('--json', type=Path, help='write the result here too')
-    a = p.parse_args()
+    a = options(__doc__, data='cifar10', device=BEST, seeds=2).parse_args()
     res = measure(a.data, seeds=a.seeds, device=a.device)
     for r in res['rows']: print(f"  {r['run']:12} seed {r['seed']}  {100*r['accuracy']:.2f} %  {r['seconds']:.0f} s")
     for name,m in res['accuracy'].items(): print(f"{name}: {100*m['mean']:.2f} % ± {100*(m['std'] or 0):.2f}")
-    if a.json: a.json.write_text(json.dumps(res, indent=1) + '\n')
+    keep(res, a.json)
 
 
 if __name__ == '__main__': main()

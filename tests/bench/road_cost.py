@@ -3,9 +3,7 @@
 Ours and pytorch-grad-cam's take turns in one process, so that other load on the machine meets them alike. Both remove the same
 pixels of the same images: the maps have no ties. Once the filling in alone, 18 times for each image (9 percentiles, most and least
 important first), and once the whole measure with the network's passes. The table has medians, and the medians of the ratios of each round."""
-import argparse, json
 from math import ceil
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -14,7 +12,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 
 from cifar_cam.models import MODELS
 from cifar_cam.score import impute, removal_order, road
-from turns import machine, ratio, take_turns
+from turns import keep, machine, options, ratio, take_turns
 
 
 def keeps(maps, size):
@@ -43,17 +41,14 @@ def measure(arch='davidnet', images=16, size=32, rounds=5):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--json', type=Path, help='write the result here too')
+    p = options(__doc__, images=16, rounds=5)
     p.add_argument('--arch', default='davidnet', choices=MODELS)
-    p.add_argument('--images', type=int, default=16)
-    p.add_argument('--rounds', type=int, default=5)
     a = p.parse_args()
     res = measure(a.arch, a.images, rounds=a.rounds)
     print(f"{res['arch']}, {res['images']} images of {res['size']}×{res['size']}, {res['threads']} threads, {res['rounds']} rounds")
     for r in res['rows']: print(f"{r['part']:12}{r['run']:18}{1000*r['seconds_per_image']:9.1f} ms an image")
     print(', '.join(f'{p}: {s:.1f} times as fast' for p,s in res['speedup'].items()) + f"; largest difference of a filled pixel {res['max_abs_difference']:.0e}")
-    if a.json: a.json.write_text(json.dumps(res, indent=1)+'\n')
+    keep(res, a.json)
 
 
 if __name__ == '__main__': main()

@@ -3,28 +3,22 @@
 Loader, loop, training step, CAM pass, trainings from memory and from files; with --airbench also whole training runs (`speedrun`, three seeds) against that script: some minutes on
 a GPU, more than an hour on two CPU cores. Nothing else should run on the machine.
 The ratios are of contenders that took turns in one process; the times of each are in the JSON file."""
-import argparse, json
 from pathlib import Path
 
-import torch
-
 import cam_cost, loader_cost, loop_cost, paths, speedrun, step_cost
+from turns import BEST, keep, options
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--data', default='cifar10')
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--rounds', type=int, default=5)
+    p = options(__doc__, data='cifar10', device=BEST, rounds=5)
     p.add_argument('--airbench', type=Path, help='airbench94_muon.py; without it the whole runs are left out')
     p.add_argument('--out', type=Path, default='runs', help='the folder that gets the run folders')
-    p.add_argument('--json', type=Path, help='write all rows here')
     a = p.parse_args()
     results = []
     def take(res):
         results.append(res)
         for name,r in res['ratios'].items(): print(f'{name:44}{r:8.3f}', flush=True)
-        if a.json: a.json.write_text(json.dumps(results, indent=1) + '\n')
+        keep(results, a.json)
     take(loader_cost.measure(a.data, rounds=a.rounds, device=a.device))
     take(loop_cost.measure(device=a.device))
     take(step_cost.measure(a.data, rounds=a.rounds, device=a.device))

@@ -4,14 +4,14 @@ airbench (github.com/KellerJordan/cifar10-airbench) is not part of this reposito
 with its calls of CUDA and `torch.compile` taken out and its network in float32 under bfloat16 autocast, which is more accurate and no slower there than bfloat16 weights.
 
 Both by airbench's rule: training and the evaluation with test-time augmentation count; decoding, compiling and the evaluation after each epoch do not."""
-import argparse, json, os, sys, tempfile, time
+import json, os, sys, tempfile, time
 from pathlib import Path
 from statistics import mean
 
 import torch
 
 from cifar_cam.all import cached_images, data_path, evaluate, image_files, load_run, recipe_learner, run_seeds
-from turns import machine, seconds
+from turns import BEST, keep, machine, options, seconds
 
 
 def prepare(data, folder):
@@ -79,19 +79,16 @@ def measure(script, data='cifar10', device='cpu', runs=3, airbench_runs=1, out='
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = options(__doc__, data='cifar10', device=BEST)
     p.add_argument('--airbench', type=Path, required=True, help='airbench94_muon.py')
-    p.add_argument('--data', default='cifar10')
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--runs', type=int, default=3, help='seeds of ours')
     p.add_argument('--airbench-runs', type=int, default=1)
     p.add_argument('--out', type=Path, default='runs', help='the folder that gets our run folders')
-    p.add_argument('--json', type=Path, help='write the result here too')
     a = p.parse_args()
     res = measure(a.airbench, a.data, a.device, a.runs, a.airbench_runs, a.out)
     for r in res['rows']: print(f"  {r['run']:18}{100*r['accuracy']:7.2f} % {r['seconds']:9.1f} s")
     for name,r in res['ratios'].items(): print(f'{name}: {r:.2f}')
-    if a.json: a.json.write_text(json.dumps(res, indent=1) + '\n')
+    keep(res, a.json)
 
 
 if __name__ == '__main__': main()

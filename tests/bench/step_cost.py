@@ -2,9 +2,7 @@
 
 *Learner ÷ plain loop*: the same network, loader, optimizer and precision; the plain loop has nothing else. *Stock fastai ÷ ours*: the same network trained by
 `ImageDataLoaders`, `Learner` and `fit_one_cycle` in float32. Everything takes turns in one process; the table has medians over the rounds."""
-import argparse, json
 from itertools import islice
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 
 from cifar_cam.all import OPTIMIZERS, build_model, change, data_path, find_recipe, has_bf16, recipe_dls, recipe_learner
 from loader_cost import stock_dls
-from turns import machine, ratio, take_turns
+from turns import keep, machine, options, ratio, take_turns
 
 
 class Few(Callback):
@@ -79,15 +77,9 @@ def show(res):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--data', default='cifar10')
-    p.add_argument('--device', default='cpu')
-    p.add_argument('--rounds', type=int, default=5)
-    p.add_argument('--steps', type=int, default=4)
-    p.add_argument('--json', type=Path, help='write the result here too')
-    a = p.parse_args()
+    a = options(__doc__, data='cifar10', device='cpu', rounds=5, steps=4).parse_args()
     show(res := measure(a.data, steps=a.steps, rounds=a.rounds, device=a.device))
-    if a.json: a.json.write_text(json.dumps(res, indent=1) + '\n')
+    keep(res, a.json)
 
 
 if __name__ == '__main__': main()

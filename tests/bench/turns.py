@@ -1,5 +1,6 @@
 "Contenders that take turns in one process, so that other load on the machine meets them alike."
-import platform, time
+import argparse, json, platform, time
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -34,3 +35,18 @@ def machine(device='cpu'):
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if platform.system() == 'Linux' else platform.processor()
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else None
     return dict(device=str(device), processor=gpu or cpu, threads=torch.get_num_threads(), torch=torch.__version__)
+
+
+BEST = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+def options(doc, **defaults):
+    "A parser of what a benchmark takes: an option for each default, of its type, and --json"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name,value in defaults.items(): p.add_argument(f'--{name}', default=value, type=type(value))
+    p.add_argument('--json', type=Path, help='write all rows here')
+    return p
+
+
+def keep(results, path):
+    "Write `results` to `path`, if there is one"
+    if path: path.write_text(json.dumps(results, indent=1) + '\n')
