@@ -11,7 +11,7 @@ __all__ = ['SCHEDULES', 'AUGMENTS', 'RECIPES', 'ENV', 'METRICS', 'LATER', 'SHARE
            'read_lrs', 'Run', 'load_run', 'plot_curves', 'draw_run', 'seed_summary', 'run_seeds', 'model_card',
            'push_to_hub', 'ship_run', 'pretrained_run']
 
-# %% ../nbs/09_recipes.ipynb #d35b3531
+# %% ../nbs/09_recipes.ipynb #9e13f3e7
 import json, os, platform, reprlib, shlex, shutil, tempfile, time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,7 +42,7 @@ from .interpret import CamInterpretation
 from .models import MODELS, NORMS, build_model, count_parameters
 from .schedule import Plateau, find_lrs, plot_triangle
 from .train import (OPTIMIZERS, Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, cifar_learner, data_parallel, from_all,
-                             from_first, join_processes, leave_processes, one_process, save_atomically, whole_batch)
+                             from_first, join_processes, keep_memory, leave_processes, one_process, save_atomically, whole_batch)
 
 # %% ../nbs/09_recipes.ipynb #d8b77d02
 SCHEDULES = 'one-cycle', 'triangle', 'linear', 'cosine', 'flat-cosine', 'plateau', 'constant'
@@ -113,7 +113,7 @@ def chooses(
     found = r.lr=='find' or (r.schedule=='triangle' and r.lr_min=='find')
     return ['learning rate']*found + ['plateau steps']*(r.schedule=='plateau') + ['best epoch']*r.keep_best
 
-# %% ../nbs/09_recipes.ipynb #25421448
+# %% ../nbs/09_recipes.ipynb #35bdba9f
 RECIPES = {r.name: r for r in (
     Recipe('resnet18-plateau', epochs=50, bs=64, schedule='plateau', factor=.93, patience=2, l1=1e-5, keep_best=True, cutout=0,
            published=89.63, published_as='best of 50'),
@@ -123,8 +123,8 @@ RECIPES = {r.name: r for r in (
     Recipe('resnet18-albumentations', epochs=50, bs=64, lr=.01, schedule='plateau', augment='albumentations',
            published=90.26, published_as='at 50'),
     Recipe('resnet18-layernorm', norm='layer', epochs=40, bs=256, opt='adam', published=86.11, published_as='at 40'),
-    Recipe('speedrun', 'speednet', epochs=9, bs=2000, opt='muon', lr=.24, schedule='linear', wd=.11, label_smoothing=.2,
-           augment='alternating', cutout=0, resize='20,20,24,24,28,28,32,32,32', tta='flip-translate'))}
+    Recipe('speedrun', 'speednet', epochs=10, bs=2000, opt='muon', lr=.24, schedule='linear', wd=.11, label_smoothing=.2,
+           augment='alternating', cutout=0, resize='20,20,24,24,28,28,28,28,32,32', tta='flip-translate'))}
 
 def find_recipe(
     name:str, /, # a key of `RECIPES`, or a TOML file
@@ -322,7 +322,7 @@ def calibration_error(
     idx = (conf*bins).ceil().long().clamp(1, bins) - 1
     return (torch.zeros(bins, dtype=torch.double).index_add_(0, idx, gap).abs().sum()/len(conf)).item()
 
-# %% ../nbs/09_recipes.ipynb #5f061185
+# %% ../nbs/09_recipes.ipynb #b5226ab0
 def accuracy_interval(
     k:int, # correctly classified images
     n:int, # images
@@ -330,6 +330,7 @@ def accuracy_interval(
     "95 % interval of the accuracy of one network on other images of the same kind (Wilson score)"
     return [round(float(o), 4) for o in binomtest(k, n).proportion_ci(method='wilson')]
 
+@keep_memory()
 def evaluate(
     learn:Learner, # a trained network
     dl, # test images

@@ -1,3 +1,6 @@
+import platform
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,7 @@ from fastai.vision.all import Callback, CrossEntropyLossFlat, Recorder, accuracy
 from cifar_cam.augment import cifar_augment
 from cifar_cam.data import InputError, cifar_dls
 from cifar_cam.schedule import Plateau
-from cifar_cam.train import (OPTIMIZERS, Bf16, Checkpoint, L1Penalty, SeedEpochs, StopOnNaN, UpdateRatio, cifar_learner, has_bf16,
+from cifar_cam.train import (OPTIMIZERS, Bf16, Checkpoint, L1Penalty, SeedEpochs, StopOnNaN, UpdateRatio, cifar_learner, has_bf16, keep_memory,
                              plot_update_ratios, save_atomically, Muon, orthogonalize, ProgressiveResize, FreezeWhitening)
 
 
@@ -94,6 +97,43 @@ def test_half_a_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
     save_atomically(lambda tmp: tmp.write_text('new'), path)
     assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
+
+
+def fresh_pages(f, *args):
+    import resource
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    f(*args)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='no glibc, whose memory this is about')
+def test_memory_is_kept_inside_and_given_back_after():
+    def tensors(n):
+        for _ in range(n): torch.ones(2**24)   # 64 MB: 16,384 pages, or 32 huge ones
+    def resident(): return int(Path('/proc/self/statm').read_text().split()[1])
+    assert fresh_pages(tensors, 8) > 200
+    with keep_memory():
+        with keep_memory(): tensors(1)
+        assert fresh_pages(tensors, 8) < 100, 'the inner one has switched it off'
+        held = resident()
+    assert held - resident() > 16_000 and fresh_pages(tensors, 8) > 200
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='no glibc, whose memory this is about')
+def test_memory_is_given_back_after_an_error_and_kept_while_training_and_predicting(shapes, tmp_path):
+    with pytest.raises(ValueError), keep_memory(): raise ValueError
+    assert keep_memory.depth == 0
+    learn,depths = tiny_learner(shapes, tmp_path),[]
+    learn.model[0].register_forward_hook(lambda *_: depths.append(keep_memory.depth))
+    quietly(learn, lambda l: l.fit(1, .01))
+    learn.get_preds()
+    assert set(depths) == {1} and keep_memory.depth == 0
+
+
+def test_without_glibc_nothing_changes(monkeypatch):
+    monkeypatch.setattr(keep_memory, 'glibc', None)
+    with keep_memory(): assert keep_memory.depth == 1
+    assert keep_memory.depth == 0
 
 
 def test_bf16_trains_in_bf16_keeps_float32_weights_and_leaves_nothing_behind(shapes, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from fastai.vision.all import Callback, CancelValidException
 
 from cifar_cam.all import cifar_augment, cifar_dls, cifar_learner, data_path, image_files
 from turns import BEST, keep, machine, options, seconds
@@ -23,13 +24,19 @@ def part(path, n, folder):
     return folder
 
 
+class ValidateLast(Callback):
+    "No validation but after the last epoch"
+    def before_validate(self):
+        if self.epoch < self.n_epoch - 1: raise CancelValidException
+
+
 def train(path, in_memory, seed, epochs, device):
     "(accuracy of the last epoch on the test images, seconds)"
     workers = {} if in_memory else dict(num_workers=2)
     dls = cifar_dls(path, cifar_augment(cutout=8), bs=128, in_memory=in_memory, seed=seed, device=torch.device(device), **workers)
     learn = cifar_learner(dls, 'davidnet', seed=seed)
     def fit():
-        with learn.no_bar(), learn.no_logging(): learn.fit_triangle(epochs, .003, .1, peak=1)
+        with learn.no_bar(), learn.no_logging(): learn.fit_triangle(epochs, .003, .1, peak=1, cbs=ValidateLast())
     took = seconds(fit, device)
     return learn.recorder.values[-1][-1], took
 

@@ -1,6 +1,7 @@
 """What a training step costs in a `Learner`, against a plain PyTorch loop and against stock fastai: python tests/bench/step_cost.py [--json PATH]
 
-*Learner ÷ plain loop*: the same network, loader, optimizer and precision; the plain loop has nothing else. *Stock fastai ÷ ours*: the same network trained by
+*Learner ÷ plain loop*: the same network, loader, optimizer and precision; the plain loop has nothing else. *Memory given
+back ÷ kept*: the plain loop without and with `keep_memory`. *Stock fastai ÷ ours*: the same network trained by
 `ImageDataLoaders`, `Learner` and `fit_one_cycle` in float32. Everything takes turns in one process; the table has medians over the rounds."""
 from itertools import islice
 from statistics import median
@@ -9,7 +10,7 @@ import torch
 from fastai.vision.all import Callback, CancelTrainException, CancelValidException, CrossEntropyLossFlat, Learner, OptimWrapper, accuracy, partial
 from torch.nn import functional as F
 
-from cifar_cam.all import OPTIMIZERS, build_model, change, data_path, find_recipe, has_bf16, recipe_dls, recipe_learner
+from cifar_cam.all import OPTIMIZERS, build_model, change, data_path, find_recipe, has_bf16, keep_memory, recipe_dls, recipe_learner
 from loader_cost import stock_dls
 from turns import keep, machine, options, ratio, take_turns
 
@@ -61,18 +62,19 @@ def measure(data='cifar10', archs=('davidnet', 'speedrun'), steps=4, rounds=5, d
     for name in archs:
         r = find_recipe(name)
         dls = recipe_dls(change(r, lr=.05, lr_min=.01), path, device=torch.device(device))
-        runs = {'Learner': in_learner(name, dls, steps, bf16), 'plain loop': plainly(name, dls, steps, bf16)}
+        runs = {'Learner': in_learner(name, dls, steps, bf16), 'plain loop': keep_memory()(plain := plainly(name, dls, steps, bf16)), 'plain loop, memory given back': plain}
         if name == 'davidnet': runs['stock fastai, float32'] = stock(name, path, r.bs, steps, device)
         times = take_turns(runs, rounds, device)
         rows += [dict(recipe=name, bs=r.bs, run=n, seconds_per_step=median(t)/steps) for n,t in times.items()]
         ratios[f'{name}: Learner ÷ plain loop'] = ratio(times, 'Learner', 'plain loop')
+        ratios[f'{name}: memory given back ÷ kept'] = ratio(times, 'plain loop, memory given back', 'plain loop')
         if name == 'davidnet': ratios[f'{name}: stock fastai ÷ Learner'] = ratio(times, 'stock fastai, float32', 'Learner')
     return dict(benchmark='step', steps=steps, rounds=rounds, precision='bfloat16' if bf16 else 'float32', **machine(device), rows=rows, ratios=ratios)
 
 
 def show(res):
     print(f"training steps, {res['precision']}, {res['rounds']} rounds of {res['steps']} steps, {res['threads']} threads, {res['processor']}")
-    for r in res['rows']: print(f"  {r['recipe']:12}{r['run']:24}{1000*r['seconds_per_step']:9.1f} ms a step of {r['bs']} images")
+    for r in res['rows']: print(f"  {r['recipe']:12}{r['run']:32}{1000*r['seconds_per_step']:9.1f} ms a step of {r['bs']} images")
     for name,r in res['ratios'].items(): print(f"  {name}: {r:.3f}")
 
 
