@@ -251,18 +251,20 @@ def fit_recipe(
     elif r.schedule=='plateau':     learn.fit(n, lr, cbs=[Plateau(r.factor, r.patience), *cbs])
     else:                           learn.fit(n, lr, cbs=cbs)
 
-# %% ../nbs/09_recipes.ipynb #6f33f728
+# %% ../nbs/09_recipes.ipynb #5a8f55a9
 @torch.no_grad()
 def predict(
-    learn:Learner, # its network predicts, in float32
+    learn:Learner, # its network predicts
     dl, # loader of images and targets
     view=None, # batch → the same images seen otherwise: see `TTA`
+    bf16:bool=False, # compute in bfloat16; the logits are float32 either way
 ) -> tuple:
     "Logits and targets of all images of `dl`, on the CPU; in several processes, `dl` is a `shard` and all get all of them"
     logits,targets = [],[]
     learn.model.eval()
     for i,(x,y) in enumerate(progress_bar(dl, leave=False, display=not rank_distrib())):
-        logits.append(whole_batch(dl, i, learn.model(view(x) if view else x).float()).cpu())
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): out = learn.model(view(x) if view else x)
+        logits.append(whole_batch(dl, i, out.float()).cpu())
         targets.append(whole_batch(dl, i, y).cpu())
     return torch.cat(logits).as_subclass(torch.Tensor), torch.cat(targets).as_subclass(torch.Tensor)
 
@@ -322,7 +324,7 @@ def calibration_error(
     idx = (conf*bins).ceil().long().clamp(1, bins) - 1
     return (torch.zeros(bins, dtype=torch.double).index_add_(0, idx, gap).abs().sum()/len(conf)).item()
 
-# %% ../nbs/09_recipes.ipynb #b5226ab0
+# %% ../nbs/09_recipes.ipynb #b88263fa
 def accuracy_interval(
     k:int, # correctly classified images
     n:int, # images
@@ -330,6 +332,7 @@ def accuracy_interval(
     "95 % interval of the accuracy of one network on other images of the same kind (Wilson score)"
     return [round(float(o), 4) for o in binomtest(k, n).proportion_ci(method='wilson')]
 
+# %% ../nbs/09_recipes.ipynb #029d076f
 @keep_memory()
 def evaluate(
     learn:Learner, # a trained network
@@ -337,13 +340,16 @@ def evaluate(
     tta:str='flip', # views whose logits are averaged: a key of `TTA`
 ) -> dict:
     "Accuracy (plain, with its interval, with flip TTA, with all views of `tta`, of each class), loss and calibration error on `dl`"
+    bf16 = hasattr(learn, 'bf16')
     learn.model.to(memory_format=torch.contiguous_format)  # another layout sums in another order: other last bits
-    seen = [predict(learn, dl, view) for view,_ in TTA[tta]]
-    (logits,targets),(mirrored,_) = seen[:2]
+    logits,targets = predict(learn, dl)
+    if bf16: learn.model.to(memory_format=torch.channels_last)
+    seen = [logits, *(predict(learn, dl, view, bf16)[0] for view,_ in TTA[tta][1:])]
+    learn.model.to(memory_format=torch.contiguous_format)
     hit = logits.argmax(1)==targets
-    averaged = sum(weight*l for (_,weight),(l,_) in zip(TTA[tta], seen)).argmax(1)==targets
+    averaged = sum(weight*l for (_,weight),l in zip(TTA[tta], seen)).argmax(1)==targets
     return dict(accuracy=hit.double().mean().item(), accuracy_interval=accuracy_interval(int(hit.sum()), len(hit)),
-                accuracy_flip_tta=((logits + mirrored).argmax(1)==targets).double().mean().item(), accuracy_tta=averaged.double().mean().item(), tta=tta,
+                accuracy_flip_tta=((logits + seen[1]).argmax(1)==targets).double().mean().item(), accuracy_tta=averaged.double().mean().item(), tta=tta,
                 loss=F.cross_entropy(logits, targets).item(),
                 calibration_error=calibration_error(logits.softmax(1), targets), images=len(targets),
                 class_accuracy={c: hit[targets==i].double().mean().item() for i,c in enumerate(learn.dls.vocab)})

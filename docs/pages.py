@@ -18,7 +18,7 @@ def place(path):
     if p.match('nbs/index.ipynb'): return 'index.ipynb'
     if p.match('nbs/*_tour.ipynb'): return 'tour.ipynb'
     if p.is_relative_to('nbs/experiments'): return f'recipes/{p.name}'
-    if p.is_relative_to('docs/results'): return f"results.md#{'-'.join((p.parent if p.suffix else p).parts[2:])}".rstrip('#')
+    if p.is_relative_to('docs/results') and not p.match('docs/results/*.json'): return f"results.md#{'-'.join((p.parent if p.suffix else p).parts[2:])}".rstrip('#')
     return str(p.relative_to('docs')) if p.is_relative_to('docs') else str(p)
 
 _fences = re.compile(r'(^ *(`{3,}|~{3,}).*?^ *\2`* *$)', re.M | re.S)
@@ -128,7 +128,7 @@ def recipe_pages(notebooks):
 
 def result_pages():
     "(Markdown, files): a section for each record with its epochs, what differs from the recipe, and its files"
-    sections,copies,built_in = [],{},recipes()
+    sections,copies,built_in = [],{f'results/{f.name}': f.read_bytes() for f in RESULTS.glob('*.json')},recipes()
     for folder in records():
         m,env,r = (load(folder, f'{n}.json') for n in ('metrics', 'env', 'recipe'))
         name = folder.relative_to(RESULTS).as_posix()

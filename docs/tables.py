@@ -1,7 +1,7 @@
 """The tables of results, made of the records in docs/results: python docs/tables.py [RUN...]
 
-Copies the records of the finished runs named, if any, and writes the table into docs/results.md and nbs/index.ipynb, from which `.ci/readme` makes README.md, and what `cifar-cam recipes`
-says into cifar_cam/published/ours.csv. A run of several seeds is the folder that `cifar-cam train --runs` made. Without a new record nothing changes."""
+Copies the records of the finished runs named, if any, and writes the tables of runs and of benchmarks into docs/results.md and nbs/index.ipynb, from which `.ci/readme` makes README.md, and what
+`cifar-cam recipes` says into cifar_cam/published/ours.csv. A run of several seeds is the folder that `cifar-cam train --runs` made. Without a new record nothing changes."""
 import csv, json, re, shutil, subprocess, sys
 from pathlib import Path
 from statistics import mean
@@ -9,7 +9,6 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT/'docs'/'results'
 RECORD = 'recipe.json', 'env.json', 'history.csv', 'metrics.json', 'lrs.json', 'score.json'
-BETWEEN = re.compile(r'(<!-- results -->\n).*?(\n<!-- /results -->)', re.S)
 
 
 def load(folder, name): return json.loads((folder/name).read_text())
@@ -61,6 +60,24 @@ def results(to, shortest=1):
     "The table of trainings of at least `shortest` epochs"
     return table(HEAD, [row(folder, runs, to) for folder,runs in in_order() if load(runs[0], 'recipe.json')['epochs'] >= shortest])
 
+def benchmarks(to):
+    "The ratios of all docs/results/benchmarks-*.json, a column each"
+    files = sorted(RESULTS.glob('benchmarks-*.json'))
+    rows = [json.loads(f.read_text()) for f in files]
+    ratios = [{name: value for r in benchmark for name,value in r['ratios'].items()} for benchmark in rows]
+    return table(['ratio', *(f'[{hardware(r[0])}]({to}{f.name})' for f,r in zip(files, rows))],
+                 [[name, *(f'{r[name]:.2f}' if name in r else '—' for r in ratios)] for name in dict.fromkeys(n for r in ratios for n in r)])
+
+def headline(to):
+    "The sentence about `speedrun` on README's first screen"
+    folder,runs = next((folder, runs) for folder,runs in in_order() if load(runs[0], 'recipe.json')['name']=='speedrun')
+    m = [load(r, 'metrics.json') for r in runs]
+    env = load(runs[0], 'env.json')
+    where = hardware(env) + ('' if env['device'].startswith('cuda') else ', without a GPU')
+    seeds = f'mean of {len(runs)} seeds' if len(runs) > 1 else 'one seed'
+    return (f"**{percent(mean([o['accuracy_tta'] for o in m]))} % on CIFAR-10 after {mean([minutes(r) for r in runs]):.0f} minutes of training on {where}:** "
+            f"`cifar-cam train speedrun`, {m[0]['epochs']} epochs, {seeds}, the last epoch with test-time augmentation; {percent(mean([o['accuracy'] for o in m]))} % without ([its record]({to}{folder.relative_to(RESULTS)}/)).")
+
 def ours():
     "The longest training of each recipe, as CSV"
     lines = {}
@@ -70,18 +87,18 @@ def ours():
     return 'recipe,accuracy,epochs,seeds\n' + ''.join(lines.values())
 
 
-def filled(text, to, shortest=1):
-    "`text` with the table between its marks"
-    assert BETWEEN.search(text), 'no marks for the table'
-    return BETWEEN.sub(lambda m: f"{m[1]}\n{results(to, shortest)}\n{m[2]}", text)
+def filled(text, **tables):
+    "`text` with each table between its marks; where a mark is not there the table is left out"
+    for mark,t in tables.items(): text = re.sub(rf'(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)', lambda m: f'{m[1]}\n{t}\n{m[2]}', text, flags=re.S)
+    return text
 
 def pages():
     "Path → text of what is made of the records"
     index = json.loads((ROOT/'nbs'/'index.ipynb').read_text())
     for cell in index['cells']:
         text = ''.join(cell['source'])
-        if BETWEEN.search(text): cell['source'] = filled(text, '../docs/results/', shortest=4).splitlines(keepends=True)
-    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), 'results/'),
+        if '<!-- /' in text: cell['source'] = filled(text, headline=headline(to := '../docs/results/'), results=results(to, shortest=4)).splitlines(keepends=True)
+    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), benchmarks=benchmarks('results/')),
             ROOT/'cifar_cam'/'published'/'ours.csv': ours(),
             ROOT/'nbs'/'index.ipynb': json.dumps(index, ensure_ascii=False, indent=1) + '\n'}
 

@@ -9,8 +9,8 @@ from fastai.vision.all import nn
 from cifar_cam.data import CIFAR10, InputError, image_files
 from cifar_cam.models import MODELS
 from cifar_cam.shapes import shapes_path
-from cifar_cam.recipes import (RECIPES, Recipe, Run, accuracy_interval, calibration_error, change, chooses, find_recipe, load_published, load_run,
-                               load_weights, new_run_folder, read_recipe, recipe_dls, recipe_table, run_recipe, run_seeds, seed_summary)
+from cifar_cam.recipes import (RECIPES, Recipe, Run, accuracy_interval, calibration_error, change, chooses, evaluate, find_recipe, load_published, load_run,
+                               load_weights, new_run_folder, read_recipe, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds, seed_summary)
 
 FILES = 'recipe.json env.json history.csv metrics.json weights.safetensors checkpoint.pt lrs.json'.split()
 
@@ -125,6 +125,20 @@ def test_a_loaded_run_predicts_what_was_measured(shapes, tmp_path):
     run = load_run(run_recipe(tiny_recipe(), shapes, tmp_path).path)
     assert (run.interp.preds == run.interp.targs).float().mean().item() == pytest.approx(run.metrics['accuracy'])
     assert run.recipe == tiny_recipe() and run.finished
+
+
+def test_only_the_further_views_are_computed_in_bfloat16(shapes, tmp_path):
+    r = tiny_recipe(tta='flip-translate')
+    learn,seen = recipe_learner(r, recipe_dls(r, shapes), bf16=True),[]
+    learn.model[0].register_forward_hook(lambda m, i, o: seen.append((o.dtype, m.weight.is_contiguous(memory_format=torch.channels_last))))
+    fast = evaluate(learn, learn.dls.valid, r.tta)
+    n = len(learn.dls.valid)
+    assert seen == [(torch.float32, False)]*n + [(torch.bfloat16, True)]*5*n
+    assert learn.model[0].weight.is_contiguous()
+    learn.remove_cb(learn.bf16)
+    exact = evaluate(learn, learn.dls.valid, r.tta)
+    assert {k: v for k,v in exact.items() if not k.endswith('tta')} == {k: v for k,v in fast.items() if not k.endswith('tta')}
+    assert abs(exact['accuracy_tta'] - fast['accuracy_tta']) <= .02
 
 
 def test_the_best_epoch_is_kept(shapes, tmp_path, monkeypatch):

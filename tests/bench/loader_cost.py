@@ -40,13 +40,13 @@ def measure(data='cifar10', bs=512, batches=20, rounds=3, device='cpu', workers=
     times = {name: [1e6*t/bs/min(many[name], len(dls[name])) for t in ts] for name,ts in times.items()}
     rows = [dict(run=name, us_per_image=median(t)) for name,t in times.items()]
     return dict(benchmark='loader', bs=bs, rounds=rounds, workers=workers, **machine(device), rows=rows,
-                ratios={name: ratio(times, name, 'cifar_dls') for name in dls if name!='cifar_dls'})
+                ratios={f'loader: {name} ÷ cifar_dls': ratio(times, name, 'cifar_dls') for name in dls if name!='cifar_dls'})
 
 
 def show(res):
     print(f"loading and augmenting, batches of {res['bs']}, {res['rounds']} rounds, {res['threads']} threads, {res['processor']}")
     for r in res['rows']: print(f"  {r['run']:28}{r['us_per_image']:9.1f} µs an image")
-    for name,r in res['ratios'].items(): print(f"  {name} ÷ cifar_dls: {r:.1f}")
+    for name,r in res['ratios'].items(): print(f"  {name}: {r:.1f}")
 
 
 def main():

@@ -58,21 +58,22 @@ def airbench(script, data, device, runs):
     return times[-runs:]
 
 
-def ours(data, device, runs, out):
-    "(accuracy with its TTA, seconds by the same rule) of each run: training, whitening and the evaluation"
-    folder,rows = run_seeds('speedrun', data, out, runs=runs, device=device),[]
+def ours(folder, device):
+    "(accuracy with its TTA, seconds by the same rule) of each run in the folder of `run_seeds`: training, whitening and the evaluation"
+    rows = []
     for name in json.loads((folder/'summary.json').read_text())['runs']:
         run = load_run(folder/name)
-        evaluation = seconds(lambda: evaluate(run.learn, run.dls[-1], run.recipe.tta), device)
+        learn,dl = run.learn,run.dls[-1]
+        evaluation = seconds(lambda: evaluate(learn, dl, run.recipe.tta), device)
         whitening = seconds(lambda: recipe_learner(run.recipe, run.dls, run.env['seed']), device)
         rows.append((run.metrics['accuracy_tta'], run.history.train_seconds.sum() + evaluation + whitening))
-    print(folder)
     return rows
 
 
-def measure(script, data='cifar10', device='cpu', runs=3, airbench_runs=1, out='runs'):
+def measure(script, data='cifar10', device='cpu', runs=3, airbench_runs=1, out='runs', trained=None):
     "Accuracy with test-time augmentation and seconds of each run, and the ratio of the mean times"
-    results = {'speedrun': ours(data, device, runs, out), 'airbench94_muon': airbench(script.resolve(), data, device, airbench_runs)}
+    folder = trained or run_seeds('speedrun', data, out, runs=runs, device=device)
+    results = {'speedrun': ours(folder, device), 'airbench94_muon': airbench(script.resolve(), data, device, airbench_runs)}
     rows = [dict(run=name, accuracy=acc, seconds=s) for name,pairs in results.items() for acc,s in pairs]
     time = {name: mean(s for _,s in pairs) for name,pairs in results.items()}
     return dict(benchmark='speedrun', **machine(device), rows=rows, ratios={'speedrun ÷ airbench94_muon': time['speedrun']/time['airbench94_muon']})
@@ -84,8 +85,9 @@ def main():
     p.add_argument('--runs', type=int, default=3, help='seeds of ours')
     p.add_argument('--airbench-runs', type=int, default=1)
     p.add_argument('--out', type=Path, default='runs', help='the folder that gets our run folders')
+    p.add_argument('--trained', type=Path, help='the folder of several seeds trained before on this machine: only their evaluation is timed again')
     a = p.parse_args()
-    res = measure(a.airbench, a.data, a.device, a.runs, a.airbench_runs, a.out)
+    res = measure(a.airbench, a.data, a.device, a.runs, a.airbench_runs, a.out, a.trained)
     for r in res['rows']: print(f"  {r['run']:18}{100*r['accuracy']:7.2f} % {r['seconds']:9.1f} s")
     for name,r in res['ratios'].items(): print(f'{name}: {r:.2f}')
     keep(res, a.json)
