@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
 import api
-from tables import RESULTS, hardware, load, minutes, percent, records, table
+from tables import RESULTS, groups, hardware, load, minutes, percent, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,14 +129,21 @@ def recipe_pages(notebooks):
 def result_pages():
     "(Markdown, files): a section for each record with its epochs, what differs from the recipe, and its files"
     sections,copies,built_in = [],{f'results/{f.name}': f.read_bytes() for f in RESULTS.glob('*.json')},recipes()
-    for folder in records():
-        m,env,r = (load(folder, f'{n}.json') for n in ('metrics', 'env', 'recipe'))
-        name = folder.relative_to(RESULTS).as_posix()
-        protocol = 'on the test set, as published' if env.get('published_protocol') else m['chosen_on']
-        sections.append(_section(folder, name, m, env, r, built_in, protocol))
-        for f in sorted(folder.iterdir()):
-            if f.is_file(): copies[f'results/{name}/{f.name}'] = f.read_bytes()
+    for group,runs in groups():
+        if len(runs) > 1: sections.append(_seeds(group, runs))
+        for folder in runs:
+            m,env,r = (load(folder, f'{n}.json') for n in ('metrics', 'env', 'recipe'))
+            name = folder.relative_to(RESULTS).as_posix()
+            protocol = 'on the test set, as published' if env.get('published_protocol') else m['chosen_on']
+            sections.append(_section(folder, name, m, env, r, built_in, protocol))
+        for f in (f for folder in {group, *runs} for f in sorted(folder.iterdir()) if f.is_file()): copies[f'results/{f.relative_to(RESULTS).as_posix()}'] = f.read_bytes()
     return '\n\n'.join(sections), copies
+
+def _seeds(group, runs):
+    summary,name = load(group, 'summary.json'),group.name
+    lo,hi = summary['interval']
+    return (f"({name})=\n## {name}\n\n{len(runs)} seeds of `{load(runs[0], 'recipe.json')['name']}`, which follow: {percent(summary['mean'])} % in the mean, standard deviation {percent(summary['std'])}, "
+            f"95 % interval of the mean {percent(lo)} to {percent(hi)}. The record: [summary.json](results/{name}/summary.json).")
 
 def _section(folder, name, m, env, r, built_in, protocol):
     base = built_in.get(r['name'], {})
