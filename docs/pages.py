@@ -158,7 +158,7 @@ def _section(folder, name, m, env, r, built_in, protocol):
     facts = [f"One run of `{r['name']}`, seed {env['seed']}, {m['epochs']} epochs, {minutes(folder):.0f} minutes of training on {hardware(env)}.",
              f"{'What differs from the recipe: ' + ', '.join(changed) if changed else 'The recipe as it is'}. While it trained: {protocol}.",
              f"Published: {r['published']} % ({r['published_as']})." if r.get('published') else '',
-             f"On {m['images']:,} test images the loss is {m['loss']:.4f}, the calibration error {m['calibration_error']:.4f}.",
+             f"On {m['images']:,} test images the accuracy is {percent(m['accuracy'])} %, {percent(m.get('accuracy_tta', m['accuracy_flip_tta']))} % with test-time augmentation, the loss {m['loss']:.4f}, the calibration error {m['calibration_error']:.4f}.",
              f'With {versions}.']
     return '\n\n'.join([f'({name.replace("/", "-")})=\n## {name}', ' '.join(filter(None, facts)), 'Epoch by epoch:', table(head, rows),
                         'Accuracy of each class, %:', table([c for c,_ in classes], [[percent(a) for _,a in classes]]), f'The record: {files}.'])
