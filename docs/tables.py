@@ -88,16 +88,19 @@ def ours():
 
 
 def filled(text, **tables):
-    "`text` with each table between its marks; where a mark is not there the table is left out"
-    for mark,t in tables.items(): text = re.sub(rf'(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)', lambda m: f'{m[1]}\n{t}\n{m[2]}', text, flags=re.S)
+    "`text` with each table between its marks"
+    for mark,t in tables.items():
+        text,n = re.subn(rf'(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)', lambda m: f'{m[1]}\n{t}\n{m[2]}', text, flags=re.S)
+        assert n==1, f'{n} places marked {mark}, not one'
     return text
 
 def pages():
     "Path → text of what is made of the records"
     index = json.loads((ROOT/'nbs'/'index.ipynb').read_text())
-    for cell in index['cells']:
-        text = ''.join(cell['source'])
-        if '<!-- /' in text: cell['source'] = filled(text, headline=headline(to := '../docs/results/'), results=results(to, shortest=4)).splitlines(keepends=True)
+    to = '../docs/results/'
+    for mark,t in dict(headline=headline(to), results=results(to, shortest=4)).items():
+        cell = next(c for c in index['cells'] if f'<!-- {mark} -->\n' in c['source'])
+        cell['source'] = filled(''.join(cell['source']), **{mark: t}).splitlines(keepends=True)
     return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), benchmarks=benchmarks('results/')),
             ROOT/'cifar_cam'/'published'/'ours.csv': ours(),
             ROOT/'nbs'/'index.ipynb': json.dumps(index, ensure_ascii=False, indent=1) + '\n'}
