@@ -6,16 +6,16 @@
 __all__ = ['TTA', 'PadCrop', 'Flip', 'AlternatingFlip', 'Cutout', 'cifar_augment', 'mirrored', 'moved', 'Albumentations',
            'albumentations_augment']
 
-# %% ../nbs/02_augment.ipynb #51edbf1f
+# %% ../nbs/02_augment.ipynb #eec8332c
 import random
 from functools import partial
 
 import numpy as np
 import torch
-from fastai.vision.all import (DisplayedTransform, Image, Normalize, PILImage, TensorImage, Transform, first)
+from fastai.vision.all import (Image, Normalize, PILImage, TensorCategory, TensorImage, Transform, first)
 from torch.nn import functional as F
 
-from .data import InputError
+from .data import ImageTransform, InputError
 
 # %% ../nbs/02_augment.ipynb #9bf9ab28
 def _padded(x, pad, mode):
@@ -27,8 +27,8 @@ def _padded(x, pad, mode):
     for i in range(pad): out[:, :, i],out[:, :, h+pad+i] = out[:, :, 2*pad-i],out[:, :, h+pad-2-i]
     return out
 
-# %% ../nbs/02_augment.ipynb #2732b640
-class PadCrop(DisplayedTransform):
+# %% ../nbs/02_augment.ipynb #79b669d6
+class PadCrop(ImageTransform):
     "Pad by `pad` pixels a side, then cut out a window of the old size at random"
     split_idx,order = 0,1
     def __init__(self,
@@ -59,8 +59,8 @@ def _flipped(x, which):
     x[which] = x[which].flip(-1)
     return x
 
-# %% ../nbs/02_augment.ipynb #da8752cd
-class Flip(DisplayedTransform):
+# %% ../nbs/02_augment.ipynb #dc380c09
+class Flip(ImageTransform):
     "Mirror left and right, one image in two"
     split_idx,order = 0,2
     def encodes(self, x:PILImage): return x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else x
@@ -76,8 +76,8 @@ class AlternatingFlip(Flip):
         begins = (x.rows*2654435761 >> 15) & 1  # multiplicative hashing (Knuth): a draw that needs no state
         return _flipped(x, (begins + x.epoch) % 2 == 0)
 
-# %% ../nbs/02_augment.ipynb #93f7a74a
-class Cutout(DisplayedTransform):
+# %% ../nbs/02_augment.ipynb #4b28faed
+class Cutout(ImageTransform):
     "A square hole of `size` pixels, centred anywhere, clipped at the border, filled with the data set's mean (DeVries & Taylor 2017)"
     split_idx,order = 0,3
     def __init__(self,
@@ -143,7 +143,7 @@ TTA = {'flip': [(None, 1), (mirrored, 1)],
        'flip-translate': [(None, 2), (mirrored, 2), *((partial(moved, by=d), 1) for d in (-1, 1)),
                           *((lambda x, d=d: moved(mirrored(x), d), 1) for d in (-1, 1))]}
 
-# %% ../nbs/02_augment.ipynb #e651441b
+# %% ../nbs/02_augment.ipynb #04bd2c70
 class Albumentations(Transform):
     "An albumentations pipeline as a fastai item transform: numpy in, numpy out, training images only"
     split_idx,order = 0,1
@@ -152,6 +152,7 @@ class Albumentations(Transform):
     ):
         super().__init__()
         self.aug = aug
+    def encodes(self, x:TensorCategory): return x  # see `ImageTransform`
     def encodes(self, x:PILImage):
         # Workers are forked with the same pipeline: its own generator would draw the same numbers in each of them.
         self.aug.set_random_seed(random.getrandbits(32))

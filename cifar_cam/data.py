@@ -6,9 +6,9 @@
 __all__ = ['CIFAR10', 'image_counts', 'check_cifar', 'tested_on', 'check_folder', 'data_checksum', 'sha256', 'unpack',
            'cifar_path', 'data_path', 'open_photo', 'NamedImage', 'image_files', 'Squeeze', 'check_seed',
            'hold_out_splitter', 'image_stats', 'cifar_block', 'save_atomically', 'remove_leftovers', 'read_images',
-           'fingerprint', 'cached_images', 'MemoryImages', 'MemoryDL', 'cifar_dls']
+           'fingerprint', 'cached_images', 'MemoryImages', 'MemoryDL', 'ImageTransform', 'cifar_dls']
 
-# %% ../nbs/01_data.ipynb #3322d10e
+# %% ../nbs/01_data.ipynb #268700e6
 import errno, hashlib, os, secrets, tarfile, tempfile, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_path, untar_data
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, Image, ImageBlock, L, Normalize, PILImage, Pipeline, TensorCategory,
-                               TensorImage, TfmdDL, TfmdLists, Transform, chunked, cifar_stats, get_image_files, ndarray, parent_label, rank_distrib)
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, DisplayedTransform, Image, ImageBlock, IntToFloatTensor, L, Normalize, PILImage,
+                               Pipeline, TensorCategory, TensorImage, TfmdDL, TfmdLists, Transform, chunked, cifar_stats, get_image_files, ndarray, parent_label, rank_distrib)
 from PIL import ImageOps, UnidentifiedImageError
 from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
@@ -393,11 +393,23 @@ class MemoryDL(TfmdDL):
         same = dict(rows=self.rows, targets=self.targets) if dataset is None or dataset is self.dataset else {}
         return super().new(dataset, cls, **{'memory': self.memory, **same, **kwargs})
 
-# %% ../nbs/01_data.ipynb #63e54694
+# %% ../nbs/01_data.ipynb #d8100647
+class ImageTransform(DisplayedTransform):
+    "A transform of images: leaves their labels as they are"
+    def encodes(self, x:TensorCategory): return x
+
+# %% ../nbs/01_data.ipynb #c0a41bbc
+@IntToFloatTensor
+def encodes(self, x:TensorCategory): return x
+
+@Normalize
+def encodes(self, x:TensorCategory): return x
+
+# %% ../nbs/01_data.ipynb #2ae19fb2
 def cifar_dls(
     data:str|Path='cifar10', # 'cifar10', 'shapes', or a folder or .tgz: see `data_path`
     item_tfms:list=None, # transforms of training images: `cifar_augment(cutout=8)`, say
-    bs:int=128, # images a batch; validation takes four times as many
+    bs:int=128, # images a batch; validation, which keeps nothing for a gradient, takes twice as many
     hold_out:int|float=0, # images held out of train to choose by; 0: validate on test, choose nothing
     seed:int=0, # which images are held out
     size:int|tuple=32, # images of another size are squeezed to this side, or (height, width)
@@ -411,6 +423,6 @@ def cifar_dls(
     tfms = dict(batch_tfms=[*(item_tfms or []), norm], dl_type=MemoryDL) if in_memory else dict(item_tfms=item_tfms)
     if in_memory: kwargs['memory'] = MemoryImages.from_folder(path, size)
     block = cifar_block(hold_out=hold_out, seed=seed, stats=stats, size=size, **tfms)
-    dls = block.dataloaders(path, path=path, bs=bs, val_bs=4*bs, **kwargs)
+    dls = block.dataloaders(path, path=path, bs=bs, val_bs=2*bs, **kwargs)
     if not len(dls.train): raise InputError(f'bs={bs}: there are only {dls.train.n:,} images to train on; choose a smaller batch')
     return dls

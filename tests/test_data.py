@@ -1,4 +1,4 @@
-import hashlib, io, os, shutil, subprocess, sys, tarfile
+import gc, hashlib, io, os, shutil, subprocess, sys, tarfile, weakref
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +297,19 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_lost(shapes, tmp_
     assert not [f for f in (fastai_path('data')/'cifar_cam-cache').iterdir() if f.name.startswith('.')]
 
 
+@pytest.mark.parametrize('split', ['train', 'valid'])
+def test_a_batch_is_freed_before_the_garbage_collector_comes(shapes, split):
+    dls,alive = cifar_dls(shapes, cifar_augment(8), bs=32),[]
+    dl = dls[split == 'valid']
+    list(dl)   # what is made once
+    gc.collect(); gc.disable()
+    try:
+        for batch in dl: alive += [weakref.ref(o) for o in batch]
+        del batch
+        assert len(alive) == 2*len(dl) and not [o for o in alive if o() is not None]
+    finally: gc.enable()
+
+
 def test_the_loaders_of_a_set_share_one_block_of_memory(shapes):
     dls = cifar_dls(shapes, bs=32, hold_out=50)
     test = dls.test_dl(image_files(shapes)[:7], with_labels=True)
@@ -337,7 +350,7 @@ def peak_after_training(dls):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
     return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])//1024
 
-without = DataLoaders(OneBatch(512, 20), OneBatch(2048, 5))
+without = DataLoaders(OneBatch(512, 20), OneBatch(1024, 10))
 without.vocab = OneBatch.vocab
 print(peak_after_training(without), peak_after_training(cifar_dls(sys.argv[1], cifar_augment(8), bs=512)))
 """

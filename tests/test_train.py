@@ -114,7 +114,7 @@ with keep_memory():
     with keep_memory(): fresh()
     # a heap in pieces may need some rounds until one piece is large enough
     inside,held = min(fresh() for _ in range(20)),resident()
-print(json.dumps(dict(outside=outside, inside=inside, given_back=held - resident(), after=min(fresh() for _ in range(5)))))
+print(json.dumps(dict(outside=outside, inside=inside, given_back=held - resident(), after=fresh())))
 """
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='no glibc, whose memory this is about')
