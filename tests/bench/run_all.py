@@ -1,11 +1,11 @@
 """All benchmarks, one table of ratios: python tests/bench/run_all.py [--data cifar10] [--device cpu|cuda] [--airbench airbench94_muon.py] [--json PATH]
 
-Loader, loop, training step, CAM pass, trainings from memory and from files; with --airbench also whole training runs (`speedrun`, three seeds) against that script: some minutes on
-a GPU, more than an hour on two CPU cores. Nothing else should run on the machine.
+Loader, loop, training step, CAM pass, trainings from memory and from files; on a GPU also `davidnet` whole (five seeds); with --airbench also whole training runs (`speedrun`, three
+seeds) against that script: some minutes on a GPU, more than an hour on two CPU cores. Nothing else should run on the machine.
 The ratios are of contenders that took turns in one process; the times of each are in the JSON file."""
 from pathlib import Path
 
-import cam_cost, loader_cost, loop_cost, paths, speedrun, step_cost
+import cam_cost, davidnet, loader_cost, loop_cost, paths, speedrun, step_cost
 from turns import BEST, keep, options
 
 
@@ -24,6 +24,7 @@ def main():
     take(step_cost.measure(a.data, rounds=a.rounds, device=a.device))
     take(cam_cost.measure(rounds=a.rounds, device=a.device))
     take(paths.measure(a.data, device=a.device))
+    if a.device.startswith('cuda'): take(davidnet.measure(a.data, a.device, out=a.out))
     if a.airbench: take(speedrun.measure(a.airbench, a.data, a.device, out=a.out))
 
 
