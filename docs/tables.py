@@ -1,6 +1,6 @@
 """The tables of results, made of the records in docs/results: python docs/tables.py [RUN...]
 
-Copies the records of the finished runs named, if any, and writes the tables of runs and of benchmarks into docs/results.md and nbs/index.ipynb, from which `.ci/readme` makes README.md, and what
+Copies the records of the finished runs named, if any, and writes the tables of runs, of CAM scores and of benchmarks into docs/results.md and nbs/index.ipynb, from which `.ci/readme` makes README.md, and what
 `cifar-cam recipes` says into cifar_cam/published/ours.csv. A run of several seeds is the folder that `cifar-cam train --runs` made. Without a new record nothing changes."""
 import csv, json, re, shutil, subprocess, sys
 from pathlib import Path
@@ -68,6 +68,23 @@ def benchmarks(to):
     return table(['ratio', *(f'[{hardware(r[0])}]({to}{f.name})' for f,r in zip(files, rows))],
                  [[name, *(f'{r[name]:.2f}' if name in r else '—' for r in ratios)] for name in dict.fromkeys(n for r in ratios for n in r)])
 
+MEASURES = dict(gridpg='GridPG ↑', road='ROAD ↑', deletion='deletion ↓', insertion='insertion ↑', randomisation=r'random weights \|ρ\| ↓')
+
+def _cell(score, marked):
+    if score is None or score['mean'] is None: return '—'
+    mean,low,high = (None if x is None else f'{round(x, 2) + 0:.2f}' for x in (score['mean'], score['low'], score['high']))
+    return mean + f' ({low} to {high})'*(low is not None) + '†'*marked
+
+def scorecards(to):
+    "A table for each record whose CAMs were scored: means and their 95 % intervals"
+    parts = []
+    for run in (r for _,runs in in_order() for r in runs if (r/'score.json').exists()):
+        card,name = load(run, 'score.json'),run.relative_to(RESULTS).as_posix()
+        about,recipe,metrics = card['about'],load(run, 'recipe.json'),load(run, 'metrics.json')
+        parts += [f"[{recipe['name']}]({to}{name}/), {metrics['epochs']} epochs, {percent(metrics['accuracy'])} %: {about['images']} test images at `{about['layer']}`, {about['montages']} montages at `{about['montage_layer']}`.",
+                  table(['method', *MEASURES.values()], [[method, *(_cell(row.get(m), m=='randomisation' and method in card['survivors']) for m in MEASURES)] for method,row in card['rows'].items()])]
+    return '\n\n'.join(parts)
+
 def headline(to):
     "The sentence about `speedrun` on README's first screen"
     folder,runs = next((folder, runs) for folder,runs in in_order() if load(runs[0], 'recipe.json')['name']=='speedrun')
@@ -101,7 +118,7 @@ def pages():
     for mark,t in dict(headline=headline(to), results=results(to, shortest=4)).items():
         cell = next(c for c in index['cells'] if f'<!-- {mark} -->\n' in c['source'])
         cell['source'] = filled(''.join(cell['source']), **{mark: t}).splitlines(keepends=True)
-    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), benchmarks=benchmarks('results/')),
+    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), benchmarks=benchmarks('results/'), scorecards=scorecards('results/')),
             ROOT/'cifar_cam'/'published'/'ours.csv': ours(),
             ROOT/'nbs'/'index.ipynb': json.dumps(index, ensure_ascii=False, indent=1) + '\n'}
 
