@@ -60,9 +60,9 @@ def test_memory_and_files(shapes):
 
 def test_davidnet_whole(shapes, tmp_path):
     from davidnet import measure
-    res = measure(shapes, seeds=2, out=tmp_path, epochs=1, lr=.1, lr_min=.01)
-    check(res, 2, 'accuracy', 'seconds')
-    assert [r['seed'] for r in res['rows']] == [0, 1] and res['interval'][0] <= res['mean'] <= res['interval'][1]
+    res = measure(shapes, seeds=1, out=tmp_path, epochs=1, lr=.1, lr_min=.01)
+    check(res, 1, 'accuracy', 'seconds')
+    assert res['mean'] == res['rows'][0]['accuracy'] and res['rows'][0]['epochs'] == 1
 
 
 def test_speedrun_by_airbenchs_rule(shapes, tmp_path):
