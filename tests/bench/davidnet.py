@@ -2,21 +2,17 @@
 
 The accuracy of the last epoch in one view, and the seconds of training (decoding, warming up and the evaluation after each epoch do not count). Seconds on a GPU; on two CPU cores a
 seed takes two hours."""
-import json
 from pathlib import Path
-from statistics import mean
 
-from cifar_cam.all import find_recipe, load_run, run_seeds
-from turns import BEST, keep, machine, options
+from cifar_cam.all import find_recipe, run_seeds
+from turns import BEST, keep, machine, options, seeds_in
 
 
 def measure(data='cifar10', device='cpu', seeds=5, out='runs', **changes):
     "A row for each seed, and Student's interval for the mean accuracy"
-    folder = run_seeds(find_recipe('davidnet', **changes), data, out, runs=seeds, device=device)
-    summary = json.loads((folder/'summary.json').read_text())
-    runs = [load_run(folder/name) for name in summary['runs']]
+    summary,runs = seeds_in(run_seeds(find_recipe('davidnet', **changes), data, out, runs=seeds, device=device))
     rows = [dict(run='davidnet', seed=r.env['seed'], epochs=r.recipe.epochs, accuracy=r.metrics['accuracy'], seconds=r.history.train_seconds.sum()) for r in runs]
-    return dict(benchmark='davidnet', **machine(device), rows=rows, ratios={}, mean=mean(r['accuracy'] for r in rows), interval=summary['interval'])
+    return dict(benchmark='davidnet', **machine(device), rows=rows, ratios={}, mean=summary['mean'], interval=summary['interval'])
 
 
 def main():

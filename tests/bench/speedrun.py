@@ -4,14 +4,14 @@ airbench (github.com/KellerJordan/cifar10-airbench) is not part of this reposito
 with its calls of CUDA and `torch.compile` taken out and its network in float32 under bfloat16 autocast, which is more accurate and no slower there than bfloat16 weights.
 
 Both by airbench's rule: training and the evaluation with test-time augmentation count; decoding, compiling and the evaluation after each epoch do not."""
-import json, os, sys, tempfile, time
+import os, sys, tempfile, time
 from pathlib import Path
 from statistics import mean
 
 import torch
 
-from cifar_cam.all import cached_images, data_path, evaluate, image_files, load_run, recipe_learner, run_seeds
-from turns import BEST, keep, machine, options, seconds
+from cifar_cam.all import cached_images, data_path, evaluate, image_files, recipe_learner, run_seeds
+from turns import BEST, keep, machine, options, seconds, seeds_in
 
 
 def prepare(data, folder):
@@ -61,8 +61,7 @@ def airbench(script, data, device, runs):
 def ours(folder, device):
     "(accuracy with its TTA, seconds by the same rule) of each run in the folder of `run_seeds`: training, whitening and the evaluation"
     rows = []
-    for name in json.loads((folder/'summary.json').read_text())['runs']:
-        run = load_run(folder/name)
+    for run in seeds_in(folder)[1]:
         learn,dl = run.learn,run.dls[-1]
         evaluation = seconds(lambda: evaluate(learn, dl, run.recipe.tta), device)
         whitening = seconds(lambda: recipe_learner(run.recipe, run.dls, run.env['seed']), device)

@@ -5,6 +5,8 @@ from statistics import median
 
 import torch
 
+from cifar_cam.all import load_run
+
 
 def seconds(f, device='cpu'):
     "Wall time of one call, the device's queue included"
@@ -45,6 +47,12 @@ def options(doc, **defaults):
     for name,value in defaults.items(): p.add_argument(f'--{name}', default=value, type=type(value))
     p.add_argument('--json', type=Path, help='write all rows here')
     return p
+
+
+def seeds_in(folder):
+    "(what `run_seeds` said of all, the runs in the order of their seeds)"
+    summary = json.loads((folder/'summary.json').read_text())
+    return summary, [load_run(folder/name) for name in summary['runs']]
 
 
 def keep(results, path):
