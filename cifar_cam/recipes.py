@@ -113,7 +113,7 @@ def chooses(
     found = r.lr=='find' or (r.schedule=='triangle' and r.lr_min=='find')
     return ['learning rate']*found + ['plateau steps']*(r.schedule=='plateau') + ['best epoch']*r.keep_best
 
-# %% ../nbs/09_recipes.ipynb #fb0dd52b
+# %% ../nbs/09_recipes.ipynb #35bdba9f
 RECIPES = {r.name: r for r in (
     Recipe('resnet18-plateau', epochs=50, bs=64, schedule='plateau', factor=.93, patience=2, l1=1e-5, keep_best=True, cutout=0,
            published=89.63, published_as='best of 50'),
@@ -123,8 +123,8 @@ RECIPES = {r.name: r for r in (
     Recipe('resnet18-albumentations', epochs=50, bs=64, lr=.01, schedule='plateau', augment='albumentations',
            published=90.26, published_as='at 50'),
     Recipe('resnet18-layernorm', norm='layer', epochs=40, bs=256, opt='adam', published=86.11, published_as='at 40'),
-    Recipe('speedrun', 'speednet', epochs=10, bs=1000, opt='muon', lr=.17, schedule='linear', wd=.11, label_smoothing=.2,
-           augment='alternating', cutout=0, resize='20,20,24,24,24,28,28,28,32,32', tta='flip-translate'))}
+    Recipe('speedrun', 'speednet', epochs=10, bs=2000, opt='muon', lr=.24, schedule='linear', wd=.11, label_smoothing=.2,
+           augment='alternating', cutout=0, resize='20,20,24,24,28,28,28,28,32,32', tta='flip-translate'))}
 
 def find_recipe(
     name:str, /, # a key of `RECIPES`, or a TOML file
