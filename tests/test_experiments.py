@@ -41,7 +41,7 @@ def test_an_experiment_runs_on_drawn_images_by_one_changed_line(notebook, narrow
     for arch in 'resnet18', 'davidnet': monkeypatch.setitem(MODELS, arch, narrow)
     monkeypatch.chdir(tmp_path)
     cells,names = code(notebook),{}
-    [line] = re.findall(r"data, epochs = 'cifar10', \w+", ''.join(cells))
+    [line] = re.findall(r"data, epochs = 'cifar10', \w+", '\n'.join(cells))
     for c in cells:
         exec(c.replace(line, "data, epochs = 'shapes', 1"), names)
         plt.close('all')
