@@ -98,3 +98,7 @@ class Plateau(ReduceLROnPlateau):
     ):
         if not 0 < factor < 1: raise InputError(f'factor={factor}: choose it between 0 and 1')
         super().__init__('valid_loss', patience=patience, factor=1/factor, min_lr=min_lr)
+    def after_epoch(self):
+        lowered = [max(h['lr']/self.factor, self.min_lr) for h in self.opt.hypers]
+        super().after_epoch()
+        if not self.new_best and self.wait==0: self.opt.set_hyper('lr', lowered)  # what fastai writes into is a copy, where the optimizer is PyTorch's

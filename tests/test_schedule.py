@@ -5,12 +5,13 @@ from fastai.vision.all import SGD, Learner, nn, partial
 
 from cifar_cam.data import InputError, cifar_dls
 from cifar_cam.schedule import Plateau, find_lrs, lr_max, lr_min, plot_triangle, triangle
+from cifar_cam.train import OPTIMIZERS, cifar_learner, opt_func
 
 
 def tiny_learner(data, **kwargs):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*64, 10))
-    return Learner(cifar_dls(data, bs=32), net, opt_func=partial(SGD, mom=.9), **kwargs)
+    return Learner(cifar_dls(data, bs=32), net, **{'opt_func': partial(SGD, mom=.9), **kwargs})
 
 
 def fit_quietly(learn, fit):
@@ -84,6 +85,23 @@ def test_plateau_multiplies_as_in_pytorch(shapes, tmp_path):
         reference.step(1.)   # never improves after the first epoch; PyTorch counts patience from 0
     np.testing.assert_allclose(by_epoch, expected)
     with pytest.raises(InputError, match='between 0 and 1'): Plateau(factor=10)
+
+
+@pytest.mark.parametrize('opt', OPTIMIZERS)
+def test_a_plateau_lowers_the_rate_of_every_optimizer(shapes, tmp_path, opt):
+    "fastai's own callback writes into a copy of the settings of PyTorch's optimizers"
+    learn = cifar_learner(cifar_dls(shapes, bs=32), nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.Flatten(), nn.Linear(64, 10)), opt=opt, path=tmp_path)
+    lrs = fit_quietly(learn, lambda: learn.fit(4, lr=1e-30, cbs=Plateau(factor=.2, patience=1)))
+    np.testing.assert_allclose(lrs[::len(learn.dls.train)]/1e-30, [1, 1, .2, .04])
+    assert [g['lr'] for g in learn.opt.param_groups] == pytest.approx([1e-30*.2**3])
+
+
+def test_a_plateau_stops_at_its_lowest_rate(shapes, tmp_path):
+    learn = tiny_learner(shapes, path=tmp_path, opt_func=opt_func('nesterov'))
+    with torch.no_grad():
+        for p in learn.model.parameters(): p.zero_()
+    lrs = fit_quietly(learn, lambda: learn.fit(5, lr=1e-12, cbs=Plateau(factor=.1, patience=1, min_lr=5e-14)))
+    np.testing.assert_allclose(lrs[::len(learn.dls.train)]/1e-12, [1, 1, .1, .05, .05])
 
 
 def test_a_loss_that_never_falls_gives_no_pick():
