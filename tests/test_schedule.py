@@ -8,10 +8,10 @@ from cifar_cam.schedule import Plateau, find_lrs, lr_max, lr_min, plot_triangle,
 from cifar_cam.train import OPTIMIZERS, cifar_learner, opt_func
 
 
-def tiny_learner(data, **kwargs):
+def tiny_learner(data, opt_func=partial(SGD, mom=.9), **kwargs):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*64, 10))
-    return Learner(cifar_dls(data, bs=32), net, **{'opt_func': partial(SGD, mom=.9), **kwargs})
+    return Learner(cifar_dls(data, bs=32), net, opt_func=opt_func, **kwargs)
 
 
 def fit_quietly(learn, fit):
