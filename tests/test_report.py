@@ -88,12 +88,17 @@ def visit(browser):
         for event in 'console', 'pageerror', 'dialog', 'requestfailed': page.on(event, lambda o, e=event: said.append(f'{e}: {o}'))
         page.on('request', lambda r: asked.append(r.url))
         page.goto(path.as_uri() + hash)
-        page.wait_for_function("[...document.querySelectorAll('.tile canvas')].every(c => c.dataset.drawn)")
+        page.wait_for_selector('.tile canvas:not([data-drawn])', state='detached')   # a function to wait for would be eval'd, which the page forbids
         return page
     yield open_
     for p in pages: p.close()
     assert not said and asked and all(u.startswith(('file:', 'data:')) for u in asked)
 
+
+def escape(page):
+    "Close the viewer; the browser tells the page of it a little later"
+    page.keyboard.press('Escape')
+    page.wait_for_url('**#gallery')
 
 def names(page): return [json.loads(s) for s in page.eval_on_selector_all('.tile', 'ts => ts.map(t => JSON.stringify([+t.dataset.i, t.innerText]))')]
 def tiles(page): return [i for i,_ in names(page)]
@@ -289,7 +294,7 @@ def test_the_keyboard_reaches_everything(runs, visit):
     page.keyboard.press('ArrowLeft')
     page.keyboard.press('End')
     assert page.is_disabled('#next') and page.inner_text('#place') == '70 of 70'
-    page.keyboard.press('Escape')
+    escape(page)
     assert not page.is_visible('#viewer') and len(tiles(page)) == 70 and at() == tiles(page)[-1]   # grown to where one has come
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle + getComputedStyle(document.activeElement).outlineWidth")
     assert outline == 'solid3px'
@@ -300,7 +305,7 @@ def test_a_link_opens_one_image(runs, visit):
     page = visit(runs['report'], f'#image-{held[5]}-difference')
     assert page.is_visible('#viewer') and f'Image {held[5]},' in page.inner_text('#about')
     assert page.get_attribute('.sheet [data-view=difference]', 'aria-pressed') == 'true'
-    page.keyboard.press('Escape')
+    escape(page)
     page.select_option('[data-filter=only]', 'right')
     wrong = next(o['i'] for o in blob(runs['report'])['images'] if o['t'] != o['p'][0])
     page.evaluate(f"location.hash = 'image-{wrong}'")   # an image that the filter hides
@@ -343,7 +348,7 @@ def test_the_browser_draws_maps_as_interpret_does(runs, visit, tmp_path):
     o['maps'],o['blank'],data['map_size'] = [base64.b64encode(r.tobytes()).decode() for r in raw],[False]*2,[8, 8]
     page = visit(rewritten(runs['report'], data, tmp_path), f"#image-{o['i']}")
     image,maps = runs['a'].interp.images([o['i']])[0],scale_maps(torch.from_numpy(raw).float(), (32, 32))[0].numpy()
-    drawn = lambda v: page.wait_for_function(f"document.querySelector('#picture').dataset.drawn === '{v}'") and pixels(page, '#picture')
+    drawn = lambda v: page.wait_for_selector(f'#picture[data-drawn={v}]') and pixels(page, '#picture')
     assert (drawn('image') == np.kron(image, np.ones((12, 12, 1), int))).all()
     for key,view,k in ('2', 'predicted', 0), ('3', 'actual', 1):
         page.keyboard.press(key)
@@ -361,11 +366,11 @@ def test_blank_maps_are_marked_not_drawn(runs, visit, tmp_path):
     o = next(o for o in data['images'] if o['t'] == o['p'][0])
     o['blank'] = [True, False]
     page = visit(rewritten(runs['report'], data, tmp_path), f"#image-{o['i']}-predicted")
-    page.wait_for_function("document.querySelector('#picture').dataset.drawn === 'predicted'")
+    page.wait_for_selector('#picture[data-drawn=predicted]')
     assert 'says nothing' in page.inner_text('#caption')
     marked = pixels(page, '#picture')
     page.keyboard.press('1')
-    page.wait_for_function("document.querySelector('#picture').dataset.drawn === 'image'")
+    page.wait_for_selector('#picture[data-drawn=image]')
     plain = pixels(page, '#picture')
     assert (marked[:280] == plain[:280]).all() and (marked != plain).any()
 
