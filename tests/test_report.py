@@ -312,6 +312,10 @@ def test_a_link_opens_one_image(runs, visit):
     page.wait_for_selector('#viewer[open]')
     assert f'Image {wrong},' in page.inner_text('#about') and page.input_value('[data-filter=only]') == ''
     assert not page.inner_text('#place').startswith('0 ')
+    page.evaluate("location.hash = 'true-0-predicted-1'")   # from an open image to others, by the address bar
+    page.wait_for_selector('#viewer', state='hidden')
+    page.wait_for_timeout(50)   # the dialog tells of its closing in a later task
+    assert page.url.endswith('#true-0-predicted-1') and page.evaluate("document.activeElement.matches('.tile')")
     other = next(i for i in range(120) if i not in held)
     page = visit(runs['report'], f'#image-{other}')
     assert not page.is_visible('#viewer') and f'Image {other} is not in this file' in page.inner_text('#count')

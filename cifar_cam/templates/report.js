@@ -202,6 +202,7 @@ function step(by) {
 }
 
 viewer.addEventListener('close', () => {
+  if (!open) return; // a link to other images closed it: the address and the focus are that link's
   const at = found.indexOf(open);
   open = null;
   history.replaceState(null, '', '#gallery');
@@ -277,7 +278,8 @@ function follow() {
   m = location.hash.match(/^#true-(\d+)-predicted-(\d+)$/);
   if (!m || comparing) return;
   Object.assign(state, {only: '', t: m[1], p: m[2]});
-  if (open) viewer.close();
+  open = null;
+  viewer.close();
   update();
   $('#gallery').scrollIntoView();
   (($('.tile')) || $('#gallery select')).focus({preventScroll: true});
