@@ -71,7 +71,12 @@ class keep_memory(ContextDecorator):
         if self.glibc and not keep_memory.depth:
             # where glibc's own thresholds arrive after some large blocks
             self._set(_mmap_max=65536, _mmap_threshold=32*2**20, _trim_threshold=64*2**20)
-            self.glibc.malloc_trim(0)
+            self.trim()
+
+    @classmethod
+    def trim(cls):
+        "Give the pages that hold nothing back to the system"
+        if cls.glibc: cls.glibc.malloc_trim(0)
 
     def _set(self, **values):
         for name,value in values.items(): self.glibc.mallopt(getattr(self, name), value)
@@ -322,6 +327,7 @@ class CifarLearner(Learner):
         if self.first_epoch and getattr(getattr(self, 'progress', None), 'mbar', None): self.progress.mbar.update(0)
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+            keep_memory.trim()  # kept in pieces, the memory of a long training fills the machine
 
 # %% ../nbs/05_train.ipynb #e0e3d19f
 class CrossEntropy(CrossEntropyLossFlat):

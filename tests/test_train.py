@@ -1,4 +1,4 @@
-import json, platform, subprocess, sys
+import json, os, platform, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +135,26 @@ def test_memory_is_given_back_after_an_error_and_kept_while_training_and_predict
     quietly(learn, lambda l: l.fit(1, .01))
     learn.get_preds()
     assert set(depths) == {1} and keep_memory.depth == 0
+
+
+class Crumble(Callback):
+    "Leaves 200 holes of 1 MB in the heap at the end of an epoch, between blocks that stay"
+    held,left = (),()
+    def after_epoch(self):
+        blocks = [torch.ones(2**18) for _ in range(400)]
+        self.stays = blocks[::2]
+        del blocks
+        self.held = (*self.held, resident())
+    def before_epoch(self): self.left = (*self.left, resident())
+
+def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='no glibc, whose memory this is about')
+def test_what_is_kept_does_not_grow_from_epoch_to_epoch(shapes, tmp_path):
+    learn = tiny_learner(shapes, tmp_path, cbs=[crumble := Crumble()])
+    quietly(learn, lambda l: l.fit(3, .01))
+    assert all(at_end - next_one > 150 for at_end,next_one in zip(crumble.held, crumble.left[1:]))
 
 
 def test_without_glibc_nothing_changes(monkeypatch):
