@@ -22,6 +22,11 @@ from cifar_cam.recipes import run_recipe
 from cifar_cam.shapes import shapes_path
 
 
+def megabytes():
+    "Memory that this process holds"
+    return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
+
+
 @pytest.fixture(autouse=True)
 def fastai_home(tmp_path_factory, monkeypatch):
     "fastai's data folder is one temporary folder for the whole test run"

@@ -14,6 +14,7 @@ from cifar_cam.cam import cam_maps
 from cifar_cam.models import MODELS, davidnet
 from cifar_cam.recipes import Recipe, run_recipe
 from cifar_cam.shapes import shapes_path
+from conftest import megabytes
 
 METHODS = 'gradcam', 'eigencam', 'layercam', 'finercam', 'fullgrad'
 
@@ -24,9 +25,6 @@ def left():
     there = [type(o) for o in gc.get_objects()]
     return dict(tensors=sum(issubclass(t, torch.Tensor) for t in there), networks=sum(issubclass(t, nn.Module) for t in there),
                 figures=len(plt.get_fignums()), files=len(os.listdir('/proc/self/fd')), threads=len(os.listdir('/proc/self/task')))
-
-
-def megabytes(): return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
 
 
 def hooks(model):

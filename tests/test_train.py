@@ -1,4 +1,4 @@
-import json, os, platform, subprocess, sys
+import json, platform, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from cifar_cam.data import InputError, cifar_dls
 from cifar_cam.schedule import Plateau
 from cifar_cam.train import (OPTIMIZERS, Bf16, Checkpoint, L1Penalty, SeedEpochs, StopOnNaN, UpdateRatio, cifar_learner, has_bf16, keep_memory,
                              plot_update_ratios, save_atomically, Muon, orthogonalize, ProgressiveResize, FreezeWhitening)
+from conftest import megabytes
 
 
 def tiny_net():
@@ -144,10 +145,8 @@ class Crumble(Callback):
         blocks = [torch.ones(2**18) for _ in range(400)]
         self.stays = blocks[::2]
         del blocks
-        self.held = (*self.held, resident())
-    def before_epoch(self): self.left = (*self.left, resident())
-
-def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
+        self.held = (*self.held, megabytes())
+    def before_epoch(self): self.left = (*self.left, megabytes())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='no glibc, whose memory this is about')
