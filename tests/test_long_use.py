@@ -2,7 +2,6 @@
 import gc, os
 from contextlib import redirect_stdout
 from multiprocessing import Pipe
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
