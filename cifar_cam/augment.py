@@ -86,15 +86,15 @@ class Cutout(ImageTransform):
     ):
         super().__init__()
         if size < 1: raise InputError(f'Cutout size {size}: the hole needs a side of at least 1 pixel')
-        self.size,self.fill = size,fill
+        self.size,self.fill,self.mean = size,fill,None
 
-    def setups(self, dl): self.batch_tfms = dl.after_batch
+    def setups(self, dl): self.batch_tfms,self.mean = dl.after_batch,None
 
     def _rgb(self):
-        if self.fill is None:
+        if not (self.fill or self.mean):
             norm = first(t for t in self.batch_tfms.fs if isinstance(t, Normalize)) if hasattr(self, 'batch_tfms') else None
-            self.fill = tuple(norm.mean.flatten().tolist()) if norm else (.5,.5,.5)
-        return [round(255*c) for c in self.fill]
+            self.mean = tuple(norm.mean.flatten().tolist()) if norm else (.5,.5,.5)
+        return [round(255*c) for c in self.fill or self.mean]
 
     def encodes(self, x:PILImage):
         (w,h),s,x = x.size,self.size,x.copy()
@@ -161,14 +161,14 @@ class Albumentations(Transform):
 # %% ../nbs/02_augment.ipynb #42e0232d
 def albumentations_augment(
     size:int=32, # side of the images in pixels
+    cutout:int=8, # side of the hole in pixels; 0 for none
     mean:tuple=(.491,.482,.447), # fill of the hole, red, green and blue in 0..1: CIFAR-10's mean
 ) -> list:
     "Shift, scale and rotate, crop, flip and one Cutout hole by albumentations, as `item_tfms`"
     import os; os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
     import albumentations as A
-    fill = tuple(round(255*c) for c in mean)
+    side,fill = (cutout, cutout),tuple(round(255*c) for c in mean)
+    hole = [A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=side, hole_width_range=side, fill=fill, p=0.5)] if cutout else []
     return [Albumentations(A.Compose([
         A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size), A.HorizontalFlip(p=0.5),
-        A.Affine(translate_percent=(-.0625, .0625), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5),
-        A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(size//4, size//4), hole_width_range=(size//4, size//4),
-                        fill=fill, p=0.5)]))]
+        A.Affine(translate_percent=(-.0625, .0625), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5), *hole]))]

@@ -9,6 +9,7 @@ __all__ = ['Setting', 'COMMANDS', 'demo', 'train', 'recipes', 'lr_find', 'cam', 
 # %% ../nbs/11_cli.ipynb #930db698
 import argparse, errno, os, signal, sys, threading
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 
 import fastprogress.fastprogress as fastprogress
@@ -57,8 +58,10 @@ def train(
     device:str=None, # cpu, cuda, ...; the best there is by default
 ):
     "Train a recipe. The last line printed is the run's folder"
+    given = locals()
     if resume:
-        if recipe or set or epochs is not None or bs is not None or runs != 1: raise InputError(f'--resume {resume}: goes on with the settings of that run; name no others')
+        if odd := [k for k,v in given.items() if k != 'resume' and v != signature(train).parameters[k].default]:
+            raise InputError(f"--resume {resume}: goes on with the settings of that run; leave out {odd[0] if odd[0]=='recipe' else '--' + odd[0].replace('_', '-')}")
         return _say(train_run(resume))
     if recipe is None: raise InputError('name a recipe (see `cifar-cam recipes`), or a run to go on with by --resume')
     changes = _changes(set, epochs=epochs, bs=bs)

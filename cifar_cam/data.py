@@ -13,11 +13,12 @@ import errno, hashlib, os, secrets, tarfile, tempfile, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_path, untar_data
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, DisplayedTransform, Image, ImageBlock, IntToFloatTensor, L, Normalize, PILImage,
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, DisplayedTransform, Image, ImageBlock, IntToFloatTensor, ItemTransform, L, Normalize, PILImage,
                                Pipeline, TensorCategory, TensorImage, TfmdDL, TfmdLists, Transform, chunked, cifar_stats, get_image_files, ndarray, parent_label, rank_distrib)
 from PIL import ImageOps, UnidentifiedImageError
 from fastprogress import progress_bar
@@ -247,7 +248,7 @@ def image_stats(
     files = [f for f in image_files(path) if f.is_relative_to(path/'train')]
     load = Pipeline([NamedImage.create, Squeeze(size)])
     x = np.stack([np.asarray(load(f)) for f in files[::max(1, len(files)//n)]])/255
-    return x.mean((0,1,2)).round(3).tolist(), x.std((0,1,2)).round(3).tolist()
+    return x.mean((0,1,2)).round(3).tolist(), x.std((0,1,2)).round(3).clip(min=.001).tolist()  # a channel may be empty
 
 def cifar_block(
     item_tfms:list=None, # transforms of single training images: `cifar_augment(cutout=8)`, say
@@ -382,7 +383,8 @@ class MemoryDL(TfmdDL):
         self.memory,self.rows,self.targets = memory,rows.to(self.device),targets if targets is None else targets.to(self.device)
 
     def create_batches(self, samps):
-        images = self.memory.to(self.device)
+        images,self.rows = self.memory.to(self.device),self.rows.to(self.device)
+        if self.targets is not None: self.targets = self.targets.to(self.device)
         for idxs in chunked(samps, self.bs, self.drop_last):
             i = torch.tensor(idxs, device=self.device)
             x = TensorImage(images[self.rows[i]])
@@ -406,6 +408,14 @@ def encodes(self, x:TensorCategory): return x
 def encodes(self, x:TensorCategory): return x
 
 # %% ../nbs/01_data.ipynb #2ae19fb2
+def _changes_batches(t):
+    "What a transform has no method for, it leaves as it is and says nothing"
+    if not isinstance(t, Transform) or isinstance(t, ItemTransform): return True
+    f,args = (t.encodes._f, (t,)) if isinstance(t.encodes, MethodType) else (t.encodes, ())
+    try: f.resolve_method((*args, TensorImage(torch.zeros(1, 3, 32, 32))))
+    except LookupError: return False
+    return True
+
 def cifar_dls(
     data:str|Path='cifar10', # 'cifar10', 'shapes', or a folder or .tgz: see `data_path`
     item_tfms:list=None, # transforms of training images: `cifar_augment(cutout=8)`, say
@@ -416,11 +426,12 @@ def cifar_dls(
     in_memory:bool=True, # read everything once and augment whole batches; False: open files in worker processes
     **kwargs, # more for fastai's `dataloaders`: num_workers, device, ...
 ) -> DataLoaders:
-    "Loaders of an image folder: train, then the held-out images if any, then test. Raises InputError for a batch larger than the set"
+    "Loaders of an image folder: train, then the held-out images if any, then test. Raises InputError for a batch larger than the set, and for a transform that would not see the images"
     if not bs >= 1: raise InputError(f'bs={bs}: choose at least one image a batch')
+    if in_memory and (odd := [t for t in L(item_tfms) if not _changes_batches(t)]): raise InputError(f'{odd[0].name.split()[0]}: changes single images, not whole batches of them; pass in_memory=False')
     path = data_path(data)
     norm = Normalize.from_stats(*(stats := image_stats(path, size)))
-    tfms = dict(batch_tfms=[*(item_tfms or []), norm], dl_type=MemoryDL) if in_memory else dict(item_tfms=item_tfms)
+    tfms = dict(batch_tfms=[*L(item_tfms), norm], dl_type=MemoryDL) if in_memory else dict(item_tfms=item_tfms)
     if in_memory: kwargs['memory'] = MemoryImages.from_folder(path, size)
     block = cifar_block(hold_out=hold_out, seed=seed, stats=stats, size=size, **tfms)
     dls = block.dataloaders(path, path=path, bs=bs, val_bs=2*bs, **kwargs)

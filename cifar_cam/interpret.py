@@ -599,11 +599,14 @@ def _learner_needs(learn):
     norm = _norm(dl)
     return learn.model,dl.vocab,norm and (norm.mean.flatten().tolist(), norm.std.flatten().tolist()),tuple(size)
 
-def _squeezed(photo, size, stats, device):
-    "The whole photo at `size` (height, width), normalised, as a batch of one"
-    x = torch.from_numpy(np.array(photo.resize(size[::-1], Image.Resampling.BICUBIC))).permute(2, 0, 1)[None].float()/255
+def _squeezed(photo, size, stats, model):
+    "The whole photo at `size` (height, width), normalised, as a batch of one with the channels and on the device of `model`"
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    if channels not in (1, 3): raise InputError(f'the network takes images of {channels} channels; a photo has 1 or 3')
+    x = np.array(photo.convert('L' if channels==1 else 'RGB').resize(size[::-1], Image.Resampling.BICUBIC))
+    x = torch.from_numpy(x.reshape(*size, -1)).permute(2, 0, 1)[None].float()/255
     mean,std = (torch.tensor(s).view(1, -1, 1, 1) for s in (stats or ((0.,), (1.,))))
-    return ((x - mean)/std).to(device)
+    return ((x - mean)/std).to(next(model.parameters()).device)
 
 # %% ../nbs/07_interpret.ipynb #7be7462d
 def explain_image(
@@ -624,8 +627,7 @@ def explain_image(
     if vocab is None or stats is None and not isinstance(learn, Learner): raise InputError('a network alone: pass vocab and stats too')
     names = [str(c) for c in vocab]
     if target is not None and target not in names: raise InputError(f"unknown class {target!r}: choose one of {', '.join(names)}")
-    device = next(model.parameters()).device
-    res = cam_maps(model, _squeezed(im, size, stats, device), method, layer, target, names, min_px=min_px)
+    res = cam_maps(model, _squeezed(im, size, stats, model), method, layer, target, names, min_px=min_px)
     probs = dict(sorted(zip(names, res.preds.softmax(1)[0].tolist()), key=lambda o: -o[1]))
     return _draw_photo(im, res.maps[0].cpu(), bool(res.blank[0]), probs, target or next(iter(probs)), plain, figsize, dpi),probs
 

@@ -73,11 +73,11 @@ def layer_table(
     def hook(name): return lambda m,_,out: rows.append((name, type(m).__name__, tuple(out.shape[1:]), count_parameters(m)))
     for name,m in model.named_modules():
         if not list(m.children()): handles.append(m.register_forward_hook(hook(name)))
-    training,device = model.training,next(model.parameters()).device
+    training,device = {m: m.training for m in model.modules()},next(model.parameters()).device
     try:
         with torch.no_grad(): model.eval()(torch.zeros(1, 3, size, size, device=device))
     finally:
-        model.train(training)
+        for m,t in training.items(): m.training = t
         for h in handles: h.remove()
     return pd.DataFrame(rows, columns=['layer','kind','output','parameters'])
 

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from . import __version__
 from .augment import TTA, AlternatingFlip, albumentations_augment, cifar_augment
-from .data import CIFAR10, InputError, check_seed, cifar_dls, data_checksum, data_path, remove_leftovers, sha256, writing
+from .data import CIFAR10, InputError, check_seed, cifar_dls, data_checksum, data_path, image_stats, remove_leftovers, sha256, writing
 from .interpret import CamInterpretation
 from .models import MODELS, NORMS, build_model, count_parameters
 from .schedule import Plateau, find_lrs, plot_triangle
@@ -197,7 +197,7 @@ def recipe_dls(
 ) -> DataLoaders:
     "The loaders that `r` trains on: (train, held out, test) if it chooses something, else (train, test)"
     augment = {'crop-flip-cutout': lambda: cifar_augment(r.cutout), 'alternating': lambda: [AlternatingFlip(), *cifar_augment(r.cutout, pad=2, flip=False)],
-               'albumentations': lambda: albumentations_augment(r.size), 'none': list}[r.augment]()
+               'albumentations': lambda: albumentations_augment(r.size, r.cutout, image_stats(data_path(data), r.size)[0]), 'none': list}[r.augment]()
     held = r.hold_out if hold_out and chooses(r) else 0
     return cifar_dls(data, augment, r.bs, held, seed, r.size, **{'in_memory': r.augment!='albumentations', **kwargs})
 
@@ -228,7 +228,7 @@ def pick_lrs(
     r:Recipe, # what is trained
     show_plot:bool=True, # draw the finder's curve
 ) -> tuple:
-    "`(lr_min, lr)` of `r`: as it says, or found: Smith's range where the rate climbs to a peak, else fastai's valley"
+    "`(lr_min, lr)` of `r`: as it says, or found: fastai's valley for a plateau and a constant rate, else the ends of Smith's range"
     if r.lr!='find' and (r.schedule!='triangle' or r.lr_min!='find'): return r.lr_min, r.lr
     with _working_in_a_temporary_folder(learn):
         if r.schedule in ('plateau', 'constant'): found = None,learn.lr_find(show_plot=show_plot).valley
@@ -375,7 +375,8 @@ def environment(
     cpu = next((l.split(':')[1].strip() for l in _cpuinfo() if l.startswith('model name')), platform.processor())
     gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else None
     packages = 'fastai', 'torch', 'torchvision', 'numpy', 'grad-cam', 'albumentations'
-    return dict(data=str(data), data_checksum=data_checksum(data_path(data)), seed=seed, device=str(device), processor=gpu or cpu, threads=torch.get_num_threads(),
+    place = str(data) if str(data) in ('cifar10', 'shapes') else str(Path(data).expanduser().absolute())  # the run may be opened from another folder
+    return dict(data=place, data_checksum=data_checksum(data_path(data)), seed=seed, device=str(device), processor=gpu or cpu, threads=torch.get_num_threads(),
                 python=platform.python_version(), system=platform.system(), cifar_cam=__version__,
                 **{p: version(p) for p in packages})
 
@@ -621,12 +622,13 @@ class Run:
 
     @property
     def published(self) -> pd.DataFrame:
-        "Curves of the published experiment, if this run is on its data"
-        return load_published(self.recipe.name) if self.data_name=='cifar10' else None
+        "Curves of the published experiment, if this run is of its recipe and on its data"
+        return load_published(self.recipe.name) if self.data_name=='cifar10' and self.recipe.published else None
 
     @cached_property
     def dls(self) -> DataLoaders:
         data,device = self.env['data'],self.env['device']
+        if data not in ('cifar10', 'shapes') and not Path(data).exists(): raise InputError(f'{data}: the images that {self.path} was trained on are not there; put them back')
         if data_checksum(data_path(data)) != self.env['data_checksum']: raise InputError(f'{data}: are not the images that {self.path} was trained on; put those back')
         with suppress(InputError) if self.finished else nullcontext(): device = _own_device(_device(device))
         if not isinstance(device, torch.device): device = _device(None)  # to look at a finished run, another device will do
@@ -661,9 +663,9 @@ class Run:
         "`(lr_min, lr)`: found once, then read from the folder"
         path = self.path/'lrs.json'
         if not path.exists():
-            plt.close('all')
+            before = plt.get_fignums()
             found = pick_lrs(self.learn, self.recipe)
-            if plt.get_fignums(): self._save(plt.gcf(), 'lr_find')
+            if new := set(plt.get_fignums()) - set(before): self._save(plt.figure(max(new)), 'lr_find')
             _write_json(found, path)
         return read_lrs(path)
 

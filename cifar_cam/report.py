@@ -8,6 +8,7 @@ __all__ = ['class_table', 'reliability', 'run_command', 'pick_images', 'write_re
 # %% ../nbs/10_report.ipynb #350cc4de
 import base64, hashlib, io, json, shlex, time
 from collections import Counter
+from copy import copy
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -440,8 +441,9 @@ def _one_size(maps):
 # %% ../nbs/10_report.ipynb #467973bb
 def _compared_gallery(runs, labels, images, budget):
     "(data of the page, hits R×N). Only the first run reads the images; the others look at the same"
-    for o in runs[1:]: o.dls = runs[0].dls
-    interps = [o.interp for o in runs]
+    others = [copy(o) for o in runs[1:]]
+    for o in others: o.dls = runs[0].dls
+    interps = [o.interp for o in (runs[0], *others)]
     first,hits = interps[0],np.stack([(o.preds==o.targs).numpy() for o in interps])
     crossed = _crossed(hits, first.targs.numpy(), len(first.vocab))
     idxs = _disagreements(hits, _n_images(first, images, budget))

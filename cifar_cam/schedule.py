@@ -63,9 +63,11 @@ def fit_triangle(self:Learner,
 
 # %% ../nbs/04_schedule.ipynb #4450e97d
 def _at_fall(share, lrs, losses):
+    nothing = InputError('the loss hardly falls at any learning rate: nothing to pick; name one, such as lr=0.05')
+    if not len(losses): raise nothing
     low,start = losses.argmin(),losses[:10].mean()
-    if not losses[low] < .99*start: raise InputError('the loss hardly falls at any learning rate: nothing to pick; name one, such as lr=0.05')
     above = (losses[:low] > start - share*(start - losses[low])).nonzero()
+    if not losses[low] < .99*start or not len(above): raise nothing
     i = above[-1].item() + 1  # the last crossing: an early dip of a noisy loss is not the fall
     return lrs[i].item(), (lrs[i].item(), losses[i])
 

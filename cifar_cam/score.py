@@ -55,7 +55,7 @@ def positive_maps(
     with _numpy_seed(seed):
         found = [cam_maps(model, xb, method, layer, t, raw=True, min_px=min_px) for xb,t in zip(x.split(bs), targets.split(bs))]
     lost = torch.cat([~f.preds.isfinite().all(1) for f in found])
-    return torch.cat([f.maps for f in found]).clamp(min=0).masked_fill(lost[:, None, None], torch.nan).double().cpu()
+    return torch.cat([f.maps for f in found]).clamp(min=0).masked_fill(lost[:, None, None], torch.nan).cpu().double()
 
 # %% ../nbs/08_score.ipynb #312c3bfb
 def _overlap(cells, pixels):

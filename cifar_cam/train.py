@@ -42,16 +42,21 @@ def has_bf16(
 # %% ../nbs/05_train.ipynb #7a095ec0
 class Bf16(Callback):
     "The forward pass under bfloat16 autocast with channels-last memory, while training and validating; `get_preds` stays float32"
-    order = -10
+    order,wrapped = -10,None
     def _wrap(self):
+        self._unwrap()
         if hasattr(self.learn, 'gather_preds'): return
         device = next(self.model.parameters()).device.type
-        self._unwrap()
         self.model.to(memory_format=torch.channels_last)
         forward = torch.autocast(device, torch.bfloat16)(self.model.forward)
-        # An attribute of the instance hides the method of the class; deleting it brings the method back.
-        self.model.forward = lambda x: forward(x.contiguous(memory_format=torch.channels_last)).float()
-    def _unwrap(self): self.model.__dict__.pop('forward', None)
+        # An attribute of the instance hides the method of the class; deleting it brings the method back. A compiled model has one of its own.
+        self.wrapped = vars(self.model),vars(self.model).get('forward')
+        self.wrapped[0]['forward'] = lambda x: forward(x.contiguous(memory_format=torch.channels_last)).float()
+    def _unwrap(self):
+        if self.wrapped is None: return
+        (attributes,own),self.wrapped = self.wrapped,None
+        if own is None: del attributes['forward']
+        else: attributes['forward'] = own
     before_train = before_validate = _wrap
     after_train = after_validate = after_fit = after_cancel_fit = _unwrap
 
@@ -135,7 +140,7 @@ class StopOnNaN(Callback):
 # %% ../nbs/05_train.ipynb #9c37e370
 class UpdateRatio(Callback):
     "Every `every` steps, record ‖step‖/‖weights‖ of each weight matrix or kernel"
-    order,run_valid = 65,False
+    order,run_valid,old = 65,False,None
     def __init__(self,
         every:int=10, # steps between two measurements, each of which copies the weights once
     ): self.every,self.steps,self.ratios = every,[],{}
@@ -299,7 +304,8 @@ def data_parallel(
 # %% ../nbs/05_train.ipynb #ece78d25
 class CifarLearner(Learner):
     "A fastai `Learner` that calls only the callbacks which wait for an event, keeps memory for the next step, and whose `fit` can begin at a later epoch. Raises InputError for a batch too large for the GPU's memory"
-    first_epoch,_asked,_waiting = 0,None,{}
+    first_epoch = None  # of the training under way; None outside of `fit`
+    _asked,_waiting = None,{}
     def __call__(self, event_name): self._call_one(event_name) if isinstance(event_name, str) else super().__call__(event_name)
     def _call_one(self, event_name):
         if event_name=='after_fit':  # where fastai switches all callbacks on again
@@ -313,10 +319,14 @@ class CifarLearner(Learner):
     @wraps(Learner.fit)
     @keep_memory()
     def fit(self, *args, **kwargs):
+        self.first_epoch = 0
         try: super().fit(*args, **kwargs)
         except torch.OutOfMemoryError:
-            bs = self.dls.bs
+            bs = self.dls.bs*max(1, num_distrib())
             raise InputError(f"the GPU's memory does not hold a batch of {bs} images: try half, bs={bs//2}") from None
+        finally:  # fastai does not call the callbacks' `after_fit` when something else than their own signals is raised
+            self.first_epoch = None
+            if hasattr(self, 'bf16'): self.bf16._unwrap()
 
     @wraps(Learner.get_preds)
     @keep_memory()
@@ -354,7 +364,7 @@ class Accuracy(Metric):
     def reset(self): self.hits,self.count = 0,0
     def accumulate(self, learn):
         y = learn.yb[0]
-        hits = (learn.pred.detach().argmax(1)==y).sum().double()
+        hits = (learn.pred.detach().argmax(1)==y).sum().float()  # an Apple GPU has no float64
         self.hits,self.count = self.hits + maybe_gather(hits),self.count + len(y)
     @property
     def value(self): return float(self.hits)/self.count if self.count else None
@@ -417,8 +427,8 @@ class Checkpoint(Callback):
         except Exception as e: raise self._refused(e) from None  # cut off, or made to do harm
 
     def before_fit(self):
-        self.learn.first_epoch = 0
-        if hasattr(self.learn, 'gather_preds'): return
+        self.run = self.first_epoch is not None and not hasattr(self.learn, 'lr_finder')  # neither `validate` and `get_preds` nor the finder's steps
+        if not self.run: return
         state = from_first(self._read)
         if state is None: return
         try: self._restore(state)
@@ -436,6 +446,7 @@ class Checkpoint(Callback):
         smooth = self.recorder.smooth_loss
         smooth.count,smooth.val = state['smooth_loss']
         self.learn.first_epoch = state['epochs']
+        self.learn.train_iter = state['epochs']*len(self.dls.train)  # TensorBoard's steps
 
     def after_epoch(self):
         watchers = {cb.name: {k: v for k,v in vars(cb).items() if k in self._watched} for cb in self._watchers()}
@@ -443,8 +454,6 @@ class Checkpoint(Callback):
         state = dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), epochs=self.epoch + 1, watchers=watchers,
                      smooth_loss=(smooth.count, smooth.val.as_subclass(torch.Tensor)))
         save_atomically(partial(torch.save, _plain(state)), self.path)
-
-    def after_fit(self): self.learn.first_epoch = 0
 
 # %% ../nbs/05_train.ipynb #c6123497
 OPTIMIZERS = dict(

@@ -52,11 +52,11 @@ WORDS = [(TRAIN + words, word) for words,word in [
     ('--set norm=', 'norm='), ('--set arch=vgg', 'vgg'), ('--set schedule=plateau --set hold_out=.001', 'hold_out=0.001'), ('--set hold_out=nan', 'hold_out=nan'),
     ('--set name=../up', '../up'), ('--set seed=3', 'seed'), ('--set r=3', "'r'"), ('--set data=x', "'data'"), (f'--set name={LONG}', 'name='), ('--runs -1', 'runs=-1'), ('--device meta', 'meta'), ('--device cpu:7', 'cpu:7'), ('--device xpu', 'xpu'),
     ('--out file', 'file: is a file'), ('--out file/deeper', 'file'), (f'--out {LONG}', 'File name too long'), (f'--out new/and/{LONG}', 'File name too long'), ('--out /proc/none', '/proc/none'),
-    ('--out new --bs 128', 'to train on'), ('--out new/er --runs 3 --bs 128', 'to train on'), ('--resume {run}', 'name no others')]] + [
+    ('--out new --bs 128', 'to train on'), ('--out new/er --runs 3 --bs 128', 'to train on'), ('--resume {run}', 'leave out recipe')]] + [
     ('train Davidnet', 'Davidnet'), ('train davidnet.toml', 'davidnet.toml'), ('train dir.toml', 'dir.toml'), ('train bytes.toml', 'bytes.toml'), ('train run', "'run'"),
     ('train davidnet --data file', 'file'), ('train davidnet --data empty', 'empty'), ('train davidnet --data /dev/zero', '/dev/zero'), (f'train davidnet --data {LONG}', 'too long'),
     ('train davidnet --data run', 'train/'), ('demo --data nowhere', 'nowhere'), ('demo --data {few} --epochs 0', 'epochs=0'), ('demo --data {few} --seed -5', 'seed=-5'),
-    ('train --resume nowhere', 'nowhere'), ('train --resume file', 'file'), ('train --resume empty', 'empty'), ('train --resume', 'resume'),
+    ('train --resume nowhere', 'nowhere'), ('train --resume file', 'file'), ('train --resume empty', 'empty'), ('train --resume', 'resume'), ('train --resume {run} --seed 1', 'leave out --seed'), ('train --resume {run} --data shapes', 'leave out --data'), ('train --resume {run} --published-protocol', 'leave out --published-protocol'),
     ('lr-find davidnet --data {few} --seed -1', 'seed=-1'), ('lr-find davidnet --data {few} --set bs=100000', 'bs='), ('lr-find davidnet --data {few} --out file', 'is a file'),
     ('lr-find davidnet --data nowhere --out new', 'nowhere'), ('lr-find nope --out new', 'nope'),
     ('cam nowhere', 'nowhere'), ('cam file', 'file'), ('cam {run} --k 0', 'k=0'), ('cam {run} --k -3', 'k=-3'), ('cam {run} --k nan', 'nan'), ('cam {run} --method nope', 'nope'),

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 from fastai.data.external import fastai_path
+from fastai.vision.all import RandomResizedCrop, Resize, Rotate, TensorImage, Transform
 from PIL import Image
 
 import cifar_cam.data as data
-from cifar_cam.augment import Cutout, cifar_augment
+from cifar_cam.augment import Cutout, Flip, albumentations_augment, cifar_augment
 from cifar_cam.data import (CIFAR10, InputError, MemoryDL, cached_images, check_cifar, cifar_dls, cifar_path, data_checksum, data_path,
                             hold_out_splitter, image_files, unpack)
 
@@ -202,6 +203,33 @@ def test_both_kinds_of_loaders_agree_on_images_they_do_not_change(shapes):
         torch.testing.assert_close(a[0], b[0])
 
 
+@pytest.mark.parametrize('tfm', [*albumentations_augment(), RandomResizedCrop(32), Resize(40)], ids=lambda t: type(t).__name__)
+def test_a_transform_of_single_images_is_not_left_out_in_silence(shapes, tfm):
+    with pytest.raises(InputError, match=rf'^{type(tfm).__name__}: .*in_memory=False'): cifar_dls(shapes, [*cifar_augment(), tfm], bs=16)
+    cifar_dls(shapes, tfm, bs=16, in_memory=False, num_workers=0).train.one_batch()
+
+
+def test_transforms_of_batches_of_every_kind_are_taken(shapes):
+    def darker(x:TensorImage): return x//2
+    for tfms in (None, Flip(), [darker], [Transform(darker)], [Rotate()]): cifar_dls(shapes, tfms, bs=16).train.one_batch()
+
+
+def test_loaders_may_move_to_another_device(shapes):
+    dl = cifar_dls(shapes, bs=16).train
+    dl.to('meta')
+    x,y = next(iter(dl.create_batches(range(16))))
+    assert x.device.type == y.device.type == x.rows.device.type == 'meta'
+
+
+def test_a_channel_without_anything_is_no_reason_for_nan(tmp_path):
+    for split in 'train', 'test':
+        for c in 'ab':
+            (tmp_path/split/c).mkdir(parents=True)
+            for i in range(4): Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)*np.array([1, 1, 0], dtype=np.uint8)).save(tmp_path/split/c/f'{i}.png')
+    x,_ = cifar_dls(tmp_path, bs=4).train.one_batch()
+    assert x.isfinite().all() and x[:, :2].std() > .5 and x[:, 2].abs().max() < 1
+
+
 def test_every_training_image_comes_once_an_epoch(shapes):
     dls = cifar_dls(shapes, bs=64)
     seen = torch.cat([y for _,y in dls.train.new(drop_last=False)])
@@ -227,6 +255,18 @@ def test_the_hole_is_filled_with_what_normalisation_turns_to_zero(shapes):
         assert ((x.abs() < 0.02).all(1).flatten(1).float().mean(1) > 0.06).all()   # a quarter; in a corner, a sixteenth
         x,_ = dls.valid.one_batch()
         assert ((x.abs() < 0.02).all(1).flatten(1).float().mean(1) < 0.05).all()
+
+
+def test_a_hole_follows_the_data_it_is_in(shapes, tmp_path):
+    hole = Cutout(16)
+    first = cifar_dls(shapes, [hole], bs=16)
+    first.train.one_batch()
+    grey = tmp_path/'grey'
+    for split in 'train', 'test':
+        (grey/split/'a').mkdir(parents=True)
+        for i in range(4): Image.fromarray(np.random.default_rng(i).integers(0, 100, (32, 32, 3), dtype=np.uint8)).save(grey/split/'a'/f'{i}.png')
+    x,_ = cifar_dls(grey, [hole], bs=4).train.one_batch()
+    assert ((x.abs() < 0.02).all(1).flatten(1).float().mean(1) > 0.06).all()
 
 
 def test_the_checksum_notices_a_changed_pixel_and_a_changed_label(tmp_path, shapes):

@@ -446,6 +446,20 @@ def test_explain_with_a_network_alone(interp, learn):
         with pytest.raises(InputError, match='vocab and stats'): explain_image(learn.model, file, **kwargs)
     with pytest.raises(InputError, match='zebra'): explain_image(learn, file, target='zebra')
 
+@pytest.mark.parametrize('channels', [1, 4])
+def test_explain_with_a_network_of_other_channels(channels):
+    model = torch.nn.Sequential(torch.nn.Conv2d(channels, 10, 3, padding=1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    asked = dict(vocab=SHAPES, stats=([.5]*channels, [.2]*channels), layer='0')
+    if channels == 4:
+        with pytest.raises(InputError, match='4 channels'): explain_image(model, Image.new('RGB', (40, 30), 'red'), **asked)
+        return
+    photo = Image.effect_noise((40, 30), 80)
+    _,probs = explain_image(model, photo.convert('RGB'), **asked)
+    x = (torch.from_numpy(np.array(photo.resize((32, 32), Image.Resampling.BICUBIC))).float()/255 - .5)/.2
+    with torch.no_grad(): expected = model(x[None, None]).softmax(1)[0]
+    assert [probs[c] for c in SHAPES] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 def test_explain_tiny_and_plain(learn):
     fig,_ = explain_image(learn, Image.new('L', (1, 1), 128), plain=True)
     assert not [t for t in texts(fig) + titles(fig) if t != 'no map'] and len(fig.axes) == 1

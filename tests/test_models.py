@@ -44,6 +44,13 @@ def test_the_layer_table_counts_every_parameter_and_leaves_the_network_alone():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_the_layer_table_leaves_frozen_layers_frozen():
+    model = davidnet().train()
+    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
+    layer_table(model)
+    assert model.training and not frozen.training
+
+
 def test_whitening_leaves_patches_uncorrelated_and_of_unit_variance():
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.randn(200, 3, 9, 9), 32, mode='bicubic')

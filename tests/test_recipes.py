@@ -1,5 +1,6 @@
-import json
+import json, shutil
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -125,6 +126,30 @@ def test_a_loaded_run_predicts_what_was_measured(shapes, tmp_path):
     run = load_run(run_recipe(tiny_recipe(), shapes, tmp_path).path)
     assert (run.interp.preds == run.interp.targs).float().mean().item() == pytest.approx(run.metrics['accuracy'])
     assert run.recipe == tiny_recipe() and run.finished
+
+
+def test_a_run_opens_from_another_folder_and_says_where_its_images_were(shapes, tmp_path, monkeypatch):
+    data = shutil.copytree(shapes, tmp_path/'mine')
+    monkeypatch.chdir(tmp_path)
+    path = run_recipe(tiny_recipe(epochs=1), 'mine', 'runs').path.absolute()
+    (tmp_path/'elsewhere').mkdir(); monkeypatch.chdir(tmp_path/'elsewhere')
+    assert len(load_run(path).dls.loaders) == 2
+    data.rename(tmp_path/'moved')
+    with pytest.raises(InputError, match='mine: the images .* are not there; put them back'): load_run(path).dls
+
+
+def test_the_finder_of_a_run_leaves_other_figures_open(shapes, tmp_path):
+    fig = plt.figure()
+    run_recipe(tiny_recipe(lr='find', schedule='plateau', epochs=1), shapes, tmp_path)
+    assert plt.fignum_exists(fig.number)
+    plt.close(fig)
+
+
+def test_a_published_curve_belongs_to_its_recipe_alone(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, 'data_name', 'cifar10')
+    (tmp_path/'davidnet.toml').write_text('base = "davidnet"\narch = "tiny"\nepochs = 1\nbs = 32\nlr = 0.05\nlr_min = 0.005\n')
+    run = run_recipe(tmp_path/'davidnet.toml', shapes, tmp_path)   # its report too
+    assert run.recipe.name == 'davidnet' and run.published is None and (run.path/'report.html').exists()
 
 
 def test_only_the_further_views_are_computed_in_bfloat16(shapes, tmp_path):

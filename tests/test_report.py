@@ -478,6 +478,13 @@ def test_the_comparison_shows_both_directions(runs, visit):
     assert page.locator('#curves [role=img]').count() == 2 and page.locator('#settings tbody th').all_inner_texts() == ['name', 'epochs']
 
 
+def test_a_comparison_leaves_the_runs_as_they_were(runs, tmp_path):
+    a,b = load_run(runs['a'].path),load_run(runs['b'].path)
+    dls = a.dls,b.dls
+    compare_runs([a, b], tmp_path/'c.html', images=5)
+    assert (a.dls, b.dls) == dls and b.learn.dls is dls[1]
+
+
 def test_runs_on_other_data_are_compared_without_pictures(runs, visit, tmp_path):
     other = train(folder(tmp_path/'other', ['ant', 'bee', 'fly'], test=12), tmp_path, epochs=1)
     page = visit(compare_runs([runs['a'], other], tmp_path/'c.html'))

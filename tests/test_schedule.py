@@ -108,6 +108,11 @@ def test_a_loss_that_never_falls_gives_no_pick():
     with pytest.raises(InputError, match='hardly falls'): lr_max(torch.logspace(-6, 1, 50), 2.3 + .005*torch.rand(50), 50)
 
 
+@pytest.mark.parametrize('losses', [[], [1.], [1, 1.001, 1, .999, .998, .98, 1.1, 1.3, 1.6, 2], [1, *(2. + i for i in range(20))]])
+def test_a_loss_that_only_rises_gives_no_pick(losses):
+    with pytest.raises(InputError, match='hardly falls'): lr_max(torch.logspace(-6, 1, len(losses)), torch.tensor(losses, dtype=torch.float), len(losses))
+
+
 def test_an_early_dip_is_not_the_fall():
     lrs = torch.logspace(-6, 1, 100)
     losses = 2.3 - 1.0*((lrs.log10() + 3).clamp(0, 2)/2)

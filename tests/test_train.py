@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Callback, CrossEntropyLossFlat, Recorder, accuracy, nn
+from fastai.vision.all import Callback, CrossEntropyLossFlat, GradientAccumulation, Recorder, accuracy, nn
 
 from cifar_cam.augment import cifar_augment
 from cifar_cam.data import InputError, cifar_dls
@@ -74,6 +74,30 @@ def test_the_progress_bar_goes_on_too(shapes, tmp_path, capsys):
     tiny_learner(shapes, tmp_path).fit(3, cbs=Checkpoint(tmp_path/'c.pt'))
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip() and line.count('.') > 4]
     assert [r for r in rows if r.isdigit()] == ['1', '2']
+
+
+def test_a_training_that_went_on_and_was_interrupted_leaves_the_next_one_whole(shapes, tmp_path):
+    with pytest.raises(StopAt.Dead):
+        quietly(tiny_learner(shapes, tmp_path), lambda l: l.fit(4, .02, cbs=[Checkpoint(tmp_path/'c.pt'), StopAt(2, 0)]))
+    learn = tiny_learner(shapes, tmp_path)
+    with pytest.raises(StopAt.Dead): quietly(learn, lambda l: l.fit(4, .02, cbs=[Checkpoint(tmp_path/'c.pt'), StopAt(3, 0)]))
+    assert len(learn.recorder.values) == 1
+    quietly(learn, lambda l: l.fit(2, .02))
+    assert len(learn.recorder.values) == 2
+
+
+def test_a_checkpoint_of_the_learner_is_written_by_trainings_alone(shapes, tmp_path):
+    file = tmp_path/'c.pt'
+    learn = tiny_learner(shapes, tmp_path, cbs=[Checkpoint(file)])
+    with learn.no_bar(), learn.no_logging():
+        learn.validate(); learn.get_preds(); learn.lr_find(num_it=5, show_plot=False, suggest_funcs=None)
+        assert not file.exists()
+        learn.fit(2, .02)
+        kept = file.read_bytes()
+        with torch.no_grad(): learn.model[-1].bias.fill_(3.)
+        learn.get_preds(); learn.validate(); learn.lr_find(num_it=5, show_plot=False, suggest_funcs=None)
+    assert file.read_bytes() == kept and torch.load(file, weights_only=True)['epochs'] == 2
+    assert (learn.model[-1].bias == 3).all()   # what validates does not load it either
 
 
 def test_a_finished_training_is_not_trained_further(shapes, tmp_path):
@@ -174,6 +198,26 @@ def test_bf16_trains_in_bf16_keeps_float32_weights_and_leaves_nothing_behind(sha
     assert learn.get_preds()[0].dtype == torch.float32 and 'forward' not in vars(learn.model)
 
 
+def test_an_interrupted_training_leaves_a_float32_network(shapes, tmp_path):
+    learn,seen = tiny_learner(shapes, tmp_path, bf16=True),set()
+    with pytest.raises(StopAt.Dead): quietly(learn, lambda l: l.fit(1, .01, cbs=StopAt(0, 2)))
+    learn.model[0].register_forward_hook(lambda m, i, o: seen.add(o.dtype))
+    assert 'forward' not in vars(learn.model)
+    learn.model(torch.randn(2, 3, 32, 32))
+    assert seen == {torch.float32}
+
+
+def test_a_forward_of_ones_own_is_trained_and_comes_back(shapes, tmp_path):
+    learn,asked = tiny_learner(shapes, tmp_path, bf16=True),[]
+    whole = learn.model.forward
+    def own(x):
+        asked.append(x.dtype)
+        return whole(x)
+    learn.model.forward = own   # as `torch.compile` has one
+    quietly(learn, lambda l: l.fit(1, .01))
+    assert asked and vars(learn.model)['forward'] is own
+
+
 def test_predictions_are_float32_whatever_the_training_was(shapes, tmp_path):
     learn = tiny_learner(shapes, tmp_path, bf16=True)
     x = torch.cat([b[0] for b in learn.dls.valid]).as_subclass(torch.Tensor)
@@ -229,6 +273,13 @@ def test_update_ratios_are_the_steps_over_the_weights(shapes, tmp_path):
     assert cb.ratios['0.weight'][0] == pytest.approx(((note.now - before).norm()/before.norm()).item(), rel=1e-4)
     assert cb.steps == list(range(len(learn.dls.train))) and set(cb.ratios) == {'0.weight', '5.weight'}
     assert len(plot_update_ratios({'a': cb, 'b': cb}).axes) == 2
+
+
+def test_update_ratios_of_a_training_that_gathers_gradients(shapes, tmp_path):
+    cb = UpdateRatio(every=1)
+    learn = tiny_learner(shapes, tmp_path, cbs=[cb, GradientAccumulation(64)])   # two batches of 32
+    quietly(learn, lambda l: l.fit(1, .01))
+    assert len(cb.ratios['0.weight']) == len(cb.steps) == len(learn.dls.train)//2
 
 
 @pytest.mark.parametrize('opt', OPTIMIZERS)
