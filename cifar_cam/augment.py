@@ -121,7 +121,7 @@ def cifar_augment(
     pad:int=4, # pixels that `PadCrop` adds on each side; 0 for no crop
     flip:bool=True, # mirror one image in two
 ) -> list:
-    "Pad-and-crop, flip, Cutout: the `item_tfms` of the published experiments"
+    "Pad-and-crop, flip, Cutout: the `item_tfms` of most of the published experiments"
     return ([PadCrop(pad)] if pad else []) + ([Flip()] if flip else []) + ([Cutout(cutout)] if cutout else [])
 
 # %% ../nbs/02_augment.ipynb #6ec43d01

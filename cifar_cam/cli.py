@@ -51,7 +51,7 @@ def train(
     epochs:int=None, # instead of the recipe's
     bs:int=None, # batch size instead of the recipe's
     set:Setting=None, # another setting of the recipe, such as norm=group; may be repeated
-    runs:int=1, # train so many seeds, and report mean and interval
+    runs:int=1, # train with this many seeds, and report mean and interval
     resume:str=None, # go on with this run folder instead of beginning a new one
     published_protocol:store_true=False, # choose by the test set, as the published experiments did
     tensorboard:store_true=False, # TensorBoard logs in the run's folder
@@ -151,7 +151,7 @@ def explain(
 # %% ../nbs/11_cli.ipynb #84462902
 def score(
     run:str, # a finished run's folder
-    method:Annotated[str, {'action':'append'}]=None, # a CAM method of the grad-cam library; may be repeated; six gradient methods by default
+    method:Annotated[str, {'action':'append'}]=None, # a CAM method of the grad-cam library; may be repeated; six methods by default
     n:int=100, # images, drawn among the correctly classified ones
     montages:int=500, # montages of four images, at most
     seed:int=0, # of images, montages, noise, random weights and intervals

@@ -393,7 +393,7 @@ def plot_top_losses(self:CamInterpretation,
     plain:bool=False, # no text, for papers
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
 ) -> Figure:
-    "The images with the highest losses, titled as in fastai v1"
+    "The images with the highest losses, with prediction, actual class, loss and the prediction's probability over each"
     ranked = self.indices(self.top_losses(largest=largest)[1], k if isinstance(k, int) else None)
     idxs = ranked if isinstance(k, int) else [ranked[i] for i in k]
     if not idxs: return _message(self._none(idxs), figsize, dpi)

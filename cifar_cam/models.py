@@ -190,7 +190,7 @@ def speednet(
         whiten=Whiten(), act=nn.GELU(),
         group1=conv_group(24, 64, norm), group2=conv_group(64, 256, norm), group3=conv_group(256, 256, norm),
         pool=nn.AdaptiveMaxPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(256, n_out, bias=False), scale=Scale(1/9)))
-    # The small logits make small gradients, most of all for biases. `Muon` multiplies its learning rate by these. They are Jordan's rates
+    # The small logits make small gradients, most of all for biases. `Muon` (see `05_train`) multiplies its learning rate by these. They are Jordan's rates
     # for biases (0.053·2000, on the mean loss) and for the last layer (0.67·2000/28², its weights at PyTorch's usual scale), over his 0.24
     # for the filters.
     for p in model.parameters(): p.lr_scale = {1: 440., 2: 7.}.get(p.ndim, 1.)
