@@ -167,7 +167,7 @@ def albumentations_augment(
     "Shift, scale and rotate, crop, flip and one Cutout hole by albumentations, as `item_tfms`"
     import os; os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
     import albumentations as A
-    side,fill = (cutout, cutout),tuple(round(255*c) for c in mean)
+    side,fill = (min(cutout, size),)*2,tuple(round(255*c) for c in mean)
     hole = [A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=side, hole_width_range=side, fill=fill, p=0.5)] if cutout else []
     return [Albumentations(A.Compose([
         A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size), A.HorizontalFlip(p=0.5),

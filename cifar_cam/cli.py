@@ -23,7 +23,7 @@ from . import __version__
 from .data import InputError
 from .interpret import explain_image
 from .recipes import (Recipe, find_recipe, folder_for, load_run, pick_lrs, pretrained_run, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds,
-                               train_run)
+                               train_run, train_seeds)
 from .report import compare_runs, write_report
 from .score import CAM_METHODS, score_run
 from .train import one_process, save_atomically, say_once
@@ -52,7 +52,7 @@ def train(
     bs:int=None, # batch size instead of the recipe's
     set:Setting=None, # another setting of the recipe, such as norm=group; may be repeated
     runs:int=1, # train with this many seeds, and report mean and interval
-    resume:str=None, # go on with this run folder instead of beginning a new one
+    resume:str=None, # go on with this folder of a run or of several seeds instead of beginning a new one
     published_protocol:store_true=False, # choose by the test set, as the published experiments did
     tensorboard:store_true=False, # TensorBoard logs in the run's folder
     device:str=None, # cpu, cuda, ...; the best there is by default
@@ -62,15 +62,12 @@ def train(
     if resume:
         if odd := [k for k,v in given.items() if k != 'resume' and v != signature(train).parameters[k].default]:
             raise InputError(f"--resume {resume}: goes on with the settings of that run; leave out {odd[0] if odd[0]=='recipe' else '--' + odd[0].replace('_', '-')}")
-        return _say(train_run(resume))
+        return _say_seeds(train_seeds(resume)) if (Path(resume)/'seeds.json').is_file() else _say(train_run(resume))
     if recipe is None: raise InputError('name a recipe (see `cifar-cam recipes`), or a run to go on with by --resume')
     changes = _changes(set, epochs=epochs, bs=bs)
     kwargs = dict(published_protocol=published_protocol, tensorboard=tensorboard, device=device, **changes)
     if runs==1: return _say(run_recipe(recipe, data, out, seed, **kwargs))
-    path = run_seeds(recipe, data, out, seed, runs, **kwargs)
-    if rank_distrib(): return
-    print((path/'summary.json').read_text())
-    print(path)
+    _say_seeds(run_seeds(recipe, data, out, seed, runs, **kwargs))
 
 # %% ../nbs/11_cli.ipynb #d57cfe3a
 def _changes(settings, **given):
@@ -79,6 +76,11 @@ def _changes(settings, **given):
         if not eq: raise InputError(f'--set {k}: write it as KEY=VALUE')
         if k not in Recipe.__dataclass_fields__: raise InputError(f"--set {k}={v}: unknown key {k!r}; choose one of {', '.join(Recipe.__dataclass_fields__)}")
     return {k: v for k,_,v in pairs} | {k: v for k,v in given.items() if v is not None}
+
+def _say_seeds(path):
+    if rank_distrib(): return
+    print((path/'summary.json').read_text())
+    print(path)
 
 def _say(run):
     if rank_distrib(): return
@@ -132,13 +134,14 @@ def explain(
     out:str='.', # the folder that gets the pictures
     method:str='gradcam', # a CAM method of the grad-cam library
     layer:str='auto', # the layer whose map is drawn; auto takes the deepest that is at least 5×5
+    min_px:int=5, # smallest side of a map that is drawn
 ):
     "Show a photo's three likeliest classes, and where the network looked"
     o = load_run(run) if run else pretrained_run()
     about = dict(vocab=list(o.model and o.metrics['class_accuracy']), stats=(o.metrics['mean'], o.metrics['std']), size=o.metrics['size'])
     names = []
     for image in images:
-        fig,probs = explain_image(o.model, image, method=method, layer=layer, **about)
+        fig,probs = explain_image(o.model, image, method=method, layer=layer, min_px=min_px, **about)
         name = f'{Path(image).stem}-{method}'
         while name in names: name = f'{name}-{len(names) + 1}'  # a/cat.jpg and b/cat.jpg
         names.append(name)
@@ -210,11 +213,12 @@ def main(
 ) -> int:
     "Run a command. 0: done; 2: the input is wrong, one line on stderr; 130: Ctrl-C; 143: SIGTERM"
     matplotlib.use('Agg')
-    if rank_distrib(): sys.stdout = open(os.devnull, 'w')  # of several processes the first one prints
+    if rank_distrib() or sys.stdout is None: sys.stdout = open(os.devnull, 'w')  # of several processes the first one prints; the shell may have closed it
     # fastprogress asks for `stdout.isatty`, not for what it returns; a log file should get plain lines
     if not sys.stdout.isatty():
         fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
-        if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(line_buffering=True, errors='surrogateescape')  # a path is bytes
+        odd = 'surrogateescape' if (sys.stdout.encoding or '').lower().replace('-', '')=='utf8' else 'backslashreplace'  # a path is bytes; not every encoding has an arrow
+        if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(line_buffering=True, errors=odd)
     try:
         args = vars(parser().parse_args(argv))
         command = COMMANDS[args.pop('command').replace('-', '_')]

@@ -277,7 +277,7 @@ def save_atomically(
     try:
         with writing(path):
             write(tmp)
-            with open(tmp, 'rb') as f: os.fsync(f.fileno())
+            with open(tmp, 'rb+') as f: os.fsync(f.fileno())  # Windows syncs only what may be written
             os.replace(tmp, path)
     finally:
         with suppress(OSError): tmp.unlink(missing_ok=True)

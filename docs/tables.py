@@ -129,6 +129,7 @@ def add(folder):
     seeds = [p.parent for p in folder.glob('*/metrics.json')]
     recipe = load(seeds[0] if seeds else folder, 'recipe.json')
     name = f"{recipe['name']}-{len(seeds)}-seeds" if seeds else f"{recipe['name']}-{recipe['epochs']}-epochs"
+    shutil.rmtree(RESULTS/name, ignore_errors=True)  # files of another training
     for part in [folder, *seeds]:
         to = RESULTS/name/part.relative_to(folder)
         to.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+from PIL import Image
 
 import cifar_cam.cli as cli
 from cifar_cam.cli import COMMANDS, main
@@ -19,6 +20,20 @@ def in_a_folder(tmp_path, monkeypatch):
 def shell(*words, **env):
     return subprocess.run([sys.executable, '-m', 'cifar_cam', *map(str, words)], capture_output=True, text=True,
                           env=dict(os.environ, PYTHONPATH=str(Path(cli.__file__).parents[1]), **env))
+
+
+def test_a_shell_without_unicode_or_without_output():
+    done = shell('recipes', PYTHONIOENCODING='latin-1', PYTHONUTF8='0')
+    assert done.returncode == 0 and 'davidnet' in done.stdout and '\\u2014' in done.stdout
+    closed = subprocess.run([sys.executable, '-c', 'import sys; sys.stdout = None; from cifar_cam.cli import main; sys.exit(main(["recipes"]))'], capture_output=True)
+    assert closed.returncode == 0 and not closed.stderr
+
+
+def test_explain_takes_the_mend_that_its_message_names(capsys, tmp_path):
+    photo = tmp_path/'photo.png'
+    Image.new('RGB', (40, 40), 'red').save(photo)
+    assert main(['explain', str(photo), '--layer', 'group3']) == 2 and 'min_px=3' in capsys.readouterr().err
+    assert main(['explain', str(photo), '--layer', 'group3', '--min-px', '3']) == 0
 
 
 @pytest.mark.parametrize('words', [['train'], ['train', 'nope', '--data', 'shapes'], ['train', 'davidnet', '--data', 'no such folder'],

@@ -5,13 +5,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import nn
+from fastai.vision.all import Callback, nn
 
+from cifar_cam import recipes
 from cifar_cam.data import CIFAR10, InputError, image_files
 from cifar_cam.models import MODELS
+from cifar_cam.report import write_report
 from cifar_cam.shapes import shapes_path
 from cifar_cam.recipes import (RECIPES, Recipe, Run, accuracy_interval, calibration_error, change, chooses, evaluate, find_recipe, load_published, load_run,
-                               load_weights, new_run_folder, read_recipe, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds, seed_summary)
+                               load_weights, new_run_folder, read_recipe, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds, seed_summary, train_seeds)
 
 FILES = 'recipe.json env.json history.csv metrics.json weights.safetensors checkpoint.pt lrs.json'.split()
 
@@ -62,10 +64,13 @@ def test_a_recipe_from_toml_is_like_a_built_in_one(tmp_path):
     path.write_text('base = "davidnet"\nepochs = 3\nnorm = "group"\n')
     r = find_recipe(str(path), bs='64')
     assert (r.name, r.arch, r.epochs, r.norm, r.bs, r.published) == ('mine', 'davidnet', 3, 'group', 64, None)
-    for text,word in ('epoch = 3', 'epoch'), ('epochs = 0', 'epochs'), ('epochs =', 'TOML'), ('base = "nope"', 'nope'), ('epochs = [1]', 'mine.toml'):
+    for text,word in ('epoch = 3', 'epoch'), ('epochs = 0', 'epochs'), ('epochs =', 'TOML'), ('base = "nope"', 'nope'), ('base = ["davidnet"]', 'base='), ('base = "mine.toml"', 'base='), ('name = 5', 'name=5'), ('resize = "²"', 'resize'), ('epochs = [1]', 'mine.toml'):
         path.write_text(text)
         with pytest.raises(InputError, match=word) as e: read_recipe(path)
-        assert 'mine.toml' in str(e.value) or 'nope' in str(e.value)
+        assert 'mine.toml' in str(e.value)
+    spaced = tmp_path/'my own.toml'
+    spaced.write_text('name = "own"')
+    assert read_recipe(spaced).name == 'own'
     with pytest.raises(InputError, match='gone.toml'): find_recipe(tmp_path/'gone.toml')
 
 
@@ -128,14 +133,17 @@ def test_a_loaded_run_predicts_what_was_measured(shapes, tmp_path):
     assert run.recipe == tiny_recipe() and run.finished
 
 
-def test_a_run_opens_from_another_folder_and_says_where_its_images_were(shapes, tmp_path, monkeypatch):
-    data = shutil.copytree(shapes, tmp_path/'mine')
+@pytest.mark.parametrize('name', ['mine', '~/mine', 'x'*5000])
+def test_a_run_whose_images_are_elsewhere_says_where_they_were(shapes, tmp_path, monkeypatch, name):
+    monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(shapes, tmp_path/'mine')
     path = run_recipe(tiny_recipe(epochs=1), 'mine', 'runs').path.absolute()
-    (tmp_path/'elsewhere').mkdir(); monkeypatch.chdir(tmp_path/'elsewhere')
-    assert len(load_run(path).dls.loaders) == 2
-    data.rename(tmp_path/'moved')
-    with pytest.raises(InputError, match='mine: the images .* are not there; put them back'): load_run(path).dls
+    env = json.loads((path/'env.json').read_text())
+    (path/'env.json').write_text(json.dumps(env | dict(data=name)))
+    if 'mine' in name: assert len(load_run(path).dls.loaders) == 2
+    (tmp_path/'mine').rename(tmp_path/'moved')
+    with pytest.raises(InputError, match='mine: the images|xxx: the images'): load_run(path).dls
 
 
 def test_the_finder_of_a_run_leaves_other_figures_open(shapes, tmp_path):
@@ -143,6 +151,16 @@ def test_the_finder_of_a_run_leaves_other_figures_open(shapes, tmp_path):
     run_recipe(tiny_recipe(lr='find', schedule='plateau', epochs=1), shapes, tmp_path)
     assert plt.fignum_exists(fig.number)
     plt.close(fig)
+
+
+def test_the_report_of_a_renamed_recipe_and_of_an_older_run(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, 'data_name', 'cifar10')
+    run = run_recipe(tiny_recipe(epochs=1, published=91.77, published_as='best of 50'), shapes, tmp_path)
+    page = (run.path/'report.html').read_text()
+    assert 'The published experiment reached 91.77' in page and 'this run is not' not in page
+    older = {k: v for k,v in run.metrics.items() if k not in recipes.LATER}
+    (run.path/'metrics.json').write_text(json.dumps(older))
+    assert 'flip and shift' not in write_report(run.path).read_text()
 
 
 def test_a_published_curve_belongs_to_its_recipe_alone(shapes, tmp_path, monkeypatch):
@@ -232,6 +250,28 @@ def test_intervals():
     assert s['mean'] == pytest.approx(.92) and s['std'] == pytest.approx(.02)
     assert s['interval'] == pytest.approx([.92 - 4.3027*.02/3**.5, .92 + 4.3027*.02/3**.5], rel=1e-4)
     assert seed_summary([.9])['interval'] is None
+
+
+def test_several_seeds_go_on_where_they_were_interrupted(shapes, tmp_path, monkeypatch):
+    whole = run_seeds(tiny_recipe(), shapes, tmp_path/'whole', seed=5, runs=3, lr=.02)
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training and (self.epoch, self.iter) == (1, 2) and self.path.name != first[0]: raise KeyboardInterrupt
+    first,plain = [],recipes.recipe_learner
+    def learner(*args, path=None, **kwargs):
+        first.append(path.name)
+        return plain(*args, path=path, **kwargs, cbs=[Stop()])
+    with monkeypatch.context() as mp:
+        mp.setattr(recipes, 'recipe_learner', learner)
+        with pytest.raises(KeyboardInterrupt, match=r'--resume .*/tiny-3-seeds-[\d-]*`'): run_seeds(tiny_recipe(), shapes, tmp_path/'cut', seed=5, runs=3, lr=.02)
+    path, = (tmp_path/'cut').iterdir()
+    assert len([*path.glob('*/metrics.json')]) == 1 and len([*path.glob('*/checkpoint.pt')]) == 2
+    assert train_seeds(path) == path and len([*path.glob('*/recipe.json')]) == 3
+    a,b = (json.loads((p/'summary.json').read_text()) for p in (whole, path))
+    assert a['accuracies'] == b['accuracies'] and load_run(path/b['runs'][2]).recipe.lr == .02
+    plan = json.loads((path/'seeds.json').read_text())
+    (path/'seeds.json').write_text(json.dumps(plan | dict(data=str(shapes_path(n_train=100, n_test=20)))))
+    with pytest.raises(InputError, match='not the images'): train_seeds(path)
 
 
 def test_several_seeds_are_summed_up(shapes, tmp_path):

@@ -175,7 +175,10 @@ function show(o) {
   const at = found.indexOf(o), ok = right(o, who());
   $('#viewer-title').textContent = ok ? `${name(o.t)}` : `${name(o.t)}, taken for ${name(o.p[who()])}`;
   $('#place').textContent = `${(at + 1).toLocaleString('en')} of ${found.length.toLocaleString('en')}`;
-  $('#previous').disabled = at <= 0; $('#next').disabled = at >= found.length - 1;
+  for (const [b, end] of [[$('#previous'), at <= 0], [$('#next'), at >= found.length - 1]]) {
+    if (end && document.activeElement === b) $('#viewer-title').focus(); // switched off, it would lose the keys too
+    b.disabled = end;
+  }
   $('#caption').textContent = caption(o, state.view);
   $('#picture').setAttribute('aria-label', `${describe(o)}. ${caption(o, state.view)}`);
   $('#about').textContent = `Image ${o.i}, ${o.file}; ` + (comparing ? data.runs.map((r, k) => `loss ${o.loss[k].toFixed(2)} (${r})`).join(', ')
