@@ -155,17 +155,18 @@ def cam_layer(
     layer:str|nn.Module='auto', # 'auto', a dotted name or a module
     size:tuple=(32,32), # height and width of the images: CIFAR's
     min_px:int=5, # smallest side of a map that is of use: 4×4 says little about where
+    x:torch.Tensor=None, # an image to look with: 1×C×H×W; None: a black one of `size`
 ) -> tuple: # (dotted name, module)
     "The target layer. Raises InputError if there is no such layer or its map is too small, with the mend"
     model = unwrap(model)
-    return _pick_layer(model, layer, _like(model, size=size), min_px)
+    return _pick_layer(model, layer, _like(model, x, size), min_px)
 
 # %% ../nbs/06_cam.ipynb #29ce5634
 def _index(t, n, vocab):
     "The index of class `t`, a name of `vocab` or an index below `n`"
     if isinstance(t, str):
         if vocab is None: raise InputError(f"target {t!r} is a name: pass vocab, the list of the class names")
-        if t not in (names := list(vocab)): raise InputError(f"unknown class {t!r}: choose one of {', '.join(map(str, names))}")
+        if t not in (names := [str(o) for o in vocab]): raise InputError(f"unknown class {t!r}: choose one of {', '.join(names)}")
         t = names.index(t)
     if isinstance(t, bool) or not hasattr(t, '__index__'): raise InputError(f"target {t!r} is neither a class name nor an index")
     if not 0 <= (i := operator.index(t)) < n: raise InputError(f"class {i} is out of range: the model's classes are 0 to {n-1}")
@@ -274,7 +275,8 @@ def _logits(model, x):
 
 def _head_pass(model, x, layer, ask, needs_grad, twice=False):
     "Activations, gradients (or None), logits and targets of one pass through `layer`"
-    with head_leaf(layer, needs_grad) as leaves, torch.no_grad(): logits = _logits(model, x)
+    # A network may run its body under `no_grad`: at its end what held outside comes back. The body gets no graph either way, since nothing in it wants a gradient
+    with head_leaf(layer, needs_grad) as leaves, torch.set_grad_enabled(needs_grad): logits = _logits(model, x)
     kind = f'the {type(layer).__name__} given as layer'
     if len(leaves) != 1: raise InputError(f"{kind} runs {len(leaves)} times in a pass: choose one that runs once")
     targets,score = ask(logits.detach())
@@ -302,7 +304,10 @@ def _asker(key, targets, vocab, options):
 def _library_cam(model, key, cls, batch_size, options):
     "The library's object for `cls`, hung on no layer"
     from pytorch_grad_cam import AblationLayer
-    if key == 'ablationcam': options = dict(batch_size=batch_size, ablation_layer=AblationLayer()) | options
+    if key == 'ablationcam':
+        options = dict(batch_size=batch_size, ablation_layer=AblationLayer()) | options
+        copied = lambda cam, module, args, out: setattr(cam, 'activations', out.clone())  # the next layer may write into it
+        cls = type('AblationCAM', (cls,), dict(save_activation=copied))
     if key == 'scorecam': cls = type('ScoreCAM', (cls,), dict(batch_size=batch_size))
     return cls(_Float32(model), [], **options)
 
@@ -439,6 +444,7 @@ def all_cams(
     key,one_layer = cam_method(method)[0],isinstance(layer, str) and layer == 'auto'
     for b in (progress_bar(dl, leave=False) if progress else dl):
         xb,*yb = b if isinstance(b, (tuple, list)) else [b]
+        if not yb and 'true' in (targets if isinstance(targets, tuple) else [targets]): raise InputError("the loader has no labels for 'true': make it by test_dl(..., with_labels=True)")
         label = lambda t: yb[0] if isinstance(t, str) and t == 'true' else t
         asked = tuple(map(label, targets)) if isinstance(targets, tuple) else label(targets)
         if one_layer and key not in ('fullgrad', 'refinecam'):

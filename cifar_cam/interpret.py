@@ -7,7 +7,7 @@ __all__ = ['CamInterpretation', 'fit_text', 'overlay', 'Panels', 'explain_image'
 
 # %% ../nbs/07_interpret.ipynb #b8d15b16
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import nan
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from sklearn import metrics as skm
 from torch import nn
 
 from .cam import cam_maps
-from .data import InputError, open_photo
+from .data import InputError, Squeeze, open_photo
 
 # %% ../nbs/07_interpret.ipynb #13d29145
 class CamInterpretation(ClassificationInterpretation):
@@ -54,8 +54,11 @@ class CamInterpretation(ClassificationInterpretation):
         "Run over all images once, without augmentation. The loss is the learner's loss function, image by image"
         dl = (learn.dls[ds_idx] if dl is None else dl).new(shuffle=False, drop_last=False)
         if len(getattr(dl.dataset, 'tls', 'xy')) <= dl.n_inp: raise InputError('the loader has no labels: make it by test_dl(..., with_labels=True)')
+        if [*dl.get_idxs()] != [*range(len(dl.dataset))]: raise InputError('the loader leaves images out, or has an order of its own: make one of the images wanted by test_dl(..., with_labels=True)')
+        if act is None and not hasattr(learn.loss_func, 'activation'): act = partial(torch.softmax, dim=1)  # such as PyTorch's own cross-entropy
         with _as_valid(dl): probs,targs,losses = learn.get_preds(dl=dl, with_loss=True, act=act)
         probs,targs,losses = (t.detach().cpu().as_subclass(torch.Tensor) for t in (probs, targs, losses))
+        if targs.ndim != 1: raise InputError(f'targets of shape {tuple(targs.shape)}: each image needs one class')
         return cls(learn, dl, losses, act, probs.float(), targs.long())
 
 def _as_valid(dl):
@@ -188,7 +191,9 @@ def indices(self:CamInterpretation,
     if k is not None and k < 1: raise InputError(f'k={k}: choose at least one image')
     n,down = len(self.losses),self.losses.argsort(descending=True, stable=True)
     if not isinstance(which, str):
-        idxs = [int(i) for i in which]
+        which = np.asarray(which)
+        if which.dtype==bool and which.shape!=(n,): raise InputError(f'a choice of yes and no for {which.size} images: there are {n:,}')
+        idxs = (np.flatnonzero(which) if which.dtype==bool else which).astype(int).tolist()
         for i in idxs:
             if not 0 <= i < n: raise InputError(f'image {i} is out of range: there are {n:,}, from 0 to {n-1}')
         return idxs[:k]
@@ -221,7 +226,7 @@ def top_losses(self:CamInterpretation,
     return (self.losses[idxs], idxs) + ((self._files(idxs.tolist()),) if items else ())
 
 @patch
-def _files(self:CamInterpretation, idxs): return [self.dl.items[i] for i in idxs]
+def _files(self:CamInterpretation, idxs): return [getattr(self.dl.items, 'iloc', self.dl.items)[i] for i in idxs]  # a data frame has rows
 
 # %% ../nbs/07_interpret.ipynb #ccb56c51
 def _batches(dl, idxs, bs=256):
@@ -357,10 +362,12 @@ def asked(self:CamInterpretation,
     target:str|list='predicted', # 'predicted', 'actual', 'rival', a class name, or an index for each image
 ) -> torch.Tensor: # class indices
     "The class that each image's map is about. 'rival' is the actual class, or the runner-up where the prediction is right"
-    if not isinstance(target, str): return torch.as_tensor(target)
+    if not isinstance(target, str):
+        if (target := torch.as_tensor(target)).shape!=(len(idxs),): raise InputError(f"a target of shape {tuple(target.shape)} for {len(idxs)} images: pass an index for each, 'predicted', 'actual', 'rival' or the name of a class")
+        return target
     if target in self._names: return torch.full((len(idxs),), self._names.index(target))
     actual,predicted = self.targs[idxs],self.preds[idxs]
-    runner_up = self.probs[idxs].scatter(1, predicted[:, None], -1).argmax(1)
+    runner_up = self.probs[idxs].scatter(1, predicted[:, None], -torch.inf).argmax(1)
     of = dict(predicted=predicted, actual=actual, rival=torch.where(actual==predicted, runner_up, actual))
     if target not in of: raise InputError(f"target={target!r}: choose 'predicted', 'actual', 'rival' or a class: {', '.join(self._names)}")
     return of[target]
@@ -541,10 +548,12 @@ def mean_cams(self:CamInterpretation,
 
 @patch
 def _pair(self:CamInterpretation, c):
-    names = (c, c) if isinstance(c, str) else tuple(c)[:2]
+    names = [str(o) for o in (tuple(c)[:2] if _is_pair(c) else (c, c))]
     for o in names:
         if o not in self._names: raise InputError(f"unknown class {o!r}: choose from {', '.join(self._names)}")
     return tuple(self._names.index(o) for o in names)
+
+def _is_pair(c): return isinstance(c, (tuple, list))
 
 # %% ../nbs/07_interpret.ipynb #a26d85ea
 @patch
@@ -560,11 +569,11 @@ def plot_mean_cams(self:CamInterpretation,
     if not classes: return _message(self._none(classes), figsize, dpi)
     means = self.mean_cams(classes, n, method, layer, min_px)
     high = max([m.max() for _,m,_ in means if m is not None], default=1)
-    p = Panels(2, len(classes), 1 + any(not isinstance(c, str) for c in classes), 'mean image and mean CAM of the prediction', 1, 0.95, plain, figsize, dpi)
+    p = Panels(2, len(classes), 1 + any(map(_is_pair, classes)), 'mean image and mean CAM of the prediction', 1, 0.95, plain, figsize, dpi)
     for (top,low),(image,cam,_) in zip(p.axs.T, means):
         _show(top, _empty if image is None else image)
         low.imshow(_empty if cam is None else cam, vmin=0, vmax=high, cmap='inferno', interpolation='bicubic')
-    p.titles(p.axs[0], [c if isinstance(c, str) else f'{c[0]} taken\nfor {c[1]}' for c in classes])
+    p.titles(p.axs[0], [f'{c[0]} taken\nfor {c[1]}' if _is_pair(c) else str(c) for c in classes])
     p.titles(p.axs[1], ['no images' if not m else f'{m} image{"s"*(m > 1)}' for *_,m in means])
     p.bar('inferno', 0, round(float(high), 2), 'mean CAM')
     return p.fig
@@ -595,17 +604,17 @@ def _inside(self:CamInterpretation, f): return isinstance(f, Path) and f.is_rela
 def _learner_needs(learn):
     "(model, vocab, stats, size) of a learner"
     dl = learn.dls.valid if len(learn.dls.loaders) > 1 else learn.dls.train
-    size = next(_batches(dl, [0])).shape[-2:] if len(dl.dataset) else (32, 32)
-    norm = _norm(dl)
-    return learn.model,dl.vocab,norm and (norm.mean.flatten().tolist(), norm.std.flatten().tolist()),tuple(size)
+    norm,channels,size = _norm(dl),3,next((t.size[::-1] for t in dl.dataset.tls[0].tfms.fs if isinstance(t, Squeeze)), None)
+    if len(dl.dataset): channels,*size = next(_batches(dl, [0])).shape[1:]  # an exported learner has no images
+    stats = (norm.mean.flatten().tolist(), norm.std.flatten().tolist()) if norm else ([0.]*channels, [1.]*channels)
+    return learn.model,dl.vocab,stats,size and tuple(size)
 
 def _squeezed(photo, size, stats, model):
-    "The whole photo at `size` (height, width), normalised, as a batch of one with the channels and on the device of `model`"
-    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    if channels not in (1, 3): raise InputError(f'the network takes images of {channels} channels; a photo has 1 or 3')
+    "The whole photo at `size` (height, width), normalised, as a batch of one with as many channels as `stats`, on the device of `model`"
+    if (channels := len(stats[0])) not in (1, 3): raise InputError(f'the network takes images of {channels} channels; a photo has 1 or 3')
     x = np.array(photo.convert('L' if channels==1 else 'RGB').resize(size[::-1], Image.Resampling.BICUBIC))
     x = torch.from_numpy(x.reshape(*size, -1)).permute(2, 0, 1)[None].float()/255
-    mean,std = (torch.tensor(s).view(1, -1, 1, 1) for s in (stats or ((0.,), (1.,))))
+    mean,std = (torch.tensor(s, dtype=torch.float32).view(1, -1, 1, 1) for s in stats)
     return ((x - mean)/std).to(next(model.parameters()).device)
 
 # %% ../nbs/07_interpret.ipynb #7be7462d
@@ -624,10 +633,12 @@ def explain_image(
     im = open_photo(photo)
     model,*known = _learner_needs(learn) if isinstance(learn, Learner) else (learn, None, None, (32, 32))
     vocab,stats,size = (k if o is None else o for o,k in zip((vocab, stats, size), known))
-    if vocab is None or stats is None and not isinstance(learn, Learner): raise InputError('a network alone: pass vocab and stats too')
+    if vocab is None or stats is None: raise InputError('a network alone: pass vocab and stats too')
+    if size is None: raise InputError('the learner has no images of its own: pass size, the height and width of those it was trained on')
     names = [str(c) for c in vocab]
-    if target is not None and target not in names: raise InputError(f"unknown class {target!r}: choose one of {', '.join(names)}")
+    if target is not None and (target := str(target)) not in names: raise InputError(f"unknown class {target!r}: choose one of {', '.join(names)}")
     res = cam_maps(model, _squeezed(im, size, stats, model), method, layer, target, names, min_px=min_px)
+    if res.preds.shape[1]!=len(names): raise InputError(f'{len(names)} class names for a network of {res.preds.shape[1]} classes: pass the vocab that it was trained with')
     probs = dict(sorted(zip(names, res.preds.softmax(1)[0].tolist()), key=lambda o: -o[1]))
     return _draw_photo(im, res.maps[0].cpu(), bool(res.blank[0]), probs, target or next(iter(probs)), plain, figsize, dpi),probs
 

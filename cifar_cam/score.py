@@ -76,7 +76,7 @@ def energy_inside(
     regions:torch.Tensor, # N×H×W: masks, of the maps' resolution or another
 ) -> torch.Tensor: # N scores in [0,1]
     "The share of a map's positive attribution that lies in a region; 0 for a map without any, NaN for NaN (Wang et al. 2020)"
-    maps = maps.clamp(min=0).double()
+    maps = maps.cpu().clamp(min=0).double()
     inside,total = (maps*cell_shares(regions, maps.shape[1:])).sum((1, 2)),maps.sum((1, 2))
     return torch.where(total == 0, 0., inside/total)
 
@@ -88,7 +88,7 @@ def pointing_game(
     masks:torch.Tensor, # N×H×W booleans
 ) -> torch.Tensor: # N scores, 0 or 1 but for tied maxima
     "Is the highest place of the map in the mask? 0 for a map without attribution, NaN for NaN (Zhang et al. 2016)"
-    m = _enlarged(maps.double(), masks.shape[1:]).flatten(1)
+    m,masks = _enlarged(maps.cpu().double(), masks.shape[1:]).flatten(1),masks.cpu()
     high = m.amax(1, keepdim=True)
     hit = ((m == high) & masks.flatten(1).bool()).sum(1)/(m == high).sum(1).double()
     return torch.where(high[:, 0] == 0, 0., hit)
@@ -188,7 +188,8 @@ def impute(
     noise:torch.Tensor=None, # added to the pixels that do not stay: N×C×H×W
 ) -> torch.Tensor: # x with the other pixels filled in
     "Noisy linear imputation: each removed pixel is the weighted mean of its neighbours (Rong et al. 2022). Raises InputError if all are removed"
-    if len(x) > 256: return torch.cat([impute(*o) for o in zip(x.split(256), keep.split(256), [None]*len(x) if noise is None else noise.split(256))])
+    step = max(1, 2**18//keep[0].numel())  # the system of 256 images at 32×32 takes 130 MB
+    if len(x) > step: return torch.cat([impute(*o) for o in zip(x.split(step), keep.split(step), [None]*len(x) if noise is None else noise.split(step))])
     if not keep.flatten(1).any(1).all(): raise InputError('an image without a pixel that stays cannot be filled in: keep at least one')
     gone,values = ~keep.cpu().numpy(),x.detach().cpu().double().permute(0, 2, 3, 1).numpy()
     diagonal,rhs,ties = _linear_system(gone, values)
@@ -249,6 +250,8 @@ def _weighted_layers(model, x):
         if not own: continue
         if layers and all(p.ndim < 2 for p in own): layers[-1][1].append(modules[n])
         else: layers.append((n, [modules[n]]))
+    listed = {m for _,ms in layers for m in ms}
+    if layers: layers[0][1].extend(m for m in modules.values() if m not in listed and list(m.parameters(recurse=False)))  # used without being called
     return layers
 
 def _reset(module):
@@ -265,7 +268,7 @@ def randomised(
     net = deepcopy(unwrap(model)).eval()
     p = next(net.parameters())
     for i,(name,modules) in enumerate(reversed(_weighted_layers(net, x.to(p.device, p.dtype)))):
-        with torch.no_grad(), torch.random.fork_rng(devices=[p.device] if p.is_cuda else []):
+        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
             torch.manual_seed(1000*seed + i)
             for m in modules: _reset(m)
         yield name,net
@@ -276,6 +279,7 @@ def rank_correlation(
     b:torch.Tensor, # N×h×w
 ) -> np.ndarray: # N correlations in [-1,1]
     "Spearman's rank correlation of each map in `a` with that in `b`; 0 where one of them is constant, NaN where one has a NaN"
+    a,b = a.cpu(),b.cpu()
     lost = (a.isnan() | b.isnan()).flatten(1).any(1).numpy()
     ra,rb = (rankdata(o.flatten(1).nan_to_num(0).numpy(), axis=1) for o in (a, b))
     ra,rb = (r - r.mean(1, keepdims=True) for r in (ra, rb))
@@ -455,8 +459,7 @@ def _masks(interp, idxs, masks):
     if masks is not None:
         if len(masks) != n: raise InputError(f'{len(masks)} masks for {n} images: pass one for each image of the loader')
         return torch.stack([torch.as_tensor(np.asarray(masks[i])).bool() for i in idxs])
-    files = getattr(interp.dl, 'items', None)
-    files = [files[i] for i in idxs] if files is not None else [None]
+    files = interp._files(idxs) if getattr(interp.dl, 'items', None) is not None else [None]
     if not all(isinstance(f, Path) and mask_path(f).is_file() for f in files): return None
     return torch.stack([torch.from_numpy(load_mask(f)) for f in files])
 
@@ -473,6 +476,10 @@ def _sample(interp, n, montages, min_prob, seed):
     return idxs,fours,dict(total=len(right), correct=int(right.sum()), images=len(idxs), eligible=int(sure.sum()), montages=len(fours))
 
 # %% ../nbs/08_score.ipynb #3ec67060
+def _check_tiles(model, tile):
+    try: target_probs(model, tile, torch.zeros(1, dtype=torch.long))
+    except RuntimeError as e: raise InputError(f"the network takes no montage of four images, {tile.shape[2]}×{tile.shape[3]} ({str(e).splitlines()[0]}): leave GridPG out by montages=0") from None
+
 def score_cams(
     learn:Learner|CamInterpretation, # a trained network and its loaders, or its predictions on one of them
     methods:tuple=CAM_METHODS, # see `cam_maps`
@@ -493,7 +500,8 @@ def score_cams(
     if not isinstance(layer, str): layer = find_layer(unwrap(model), layer)[0] # copies of the model have other modules
     x,y,masks = interp[idxs][0].as_subclass(torch.Tensor),interp.targs[idxs],_masks(interp, idxs, masks)
     tiles = montage(interp[fours][0].as_subclass(torch.Tensor), torch.arange(fours.numel()).view(-1, 4)) if len(fours) else None
-    found_layer = lambda o: None if o is None else cam_layer(model, layer, o.shape[2:], min_px)[0]
+    if tiles is not None: _check_tiles(model, tiles[:1])
+    found_layer = lambda o: None if o is None else cam_layer(model, layer, min_px=min_px, x=o[:1])[0]
     about |= dict(layer=found_layer(x), montage_layer=found_layer(tiles))
     for _,untrained in randomised(model, x, seed): pass
     rows = {m: (model, m) for m in dict.fromkeys([*methods, 'randomcam'])} | {f'{methods[0]}, random weights': (untrained, methods[0])}

@@ -272,6 +272,40 @@ def test_infinity_does_not_end_the_batch(key):
     assert cam_maps(colour_net(), x, key, targets=0).blank.tolist() == [False, True]
 
 
+class FrozenBody(nn.Module):
+    def __init__(self, body, head):
+        super().__init__()
+        self.body,self.head = body,head
+    def forward(self, x):
+        with torch.no_grad(): f = self.body(x)
+        return self.head(f)
+
+def test_a_body_that_runs_without_gradients(xb):
+    torch.manual_seed(0)
+    body,head = nn.Sequential(block(3, 8, 1), block(8, 8, 2)),nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    a,b = (cam_maps(m.eval(), xb, layer=l) for m,l in ((FrozenBody(body, head), 'body.1'), (nn.Sequential(body, head), '0.1')))
+    torch.testing.assert_close(a.maps, b.maps)
+
+
+class WritesOver(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.conv,self.bn,self.fc,self.in_place = nn.Conv2d(3, 8, 3, padding=1),nn.BatchNorm2d(8),nn.Linear(8, 4),in_place
+    def forward(self, x):
+        y = self.conv(x)
+        out = self.bn(y)
+        if self.in_place: out += y
+        else: out = out + y
+        return self.fc(F.relu(out, inplace=self.in_place).mean((2, 3)))
+
+def test_ablation_when_the_next_layer_writes_into_the_map(xb):
+    maps = []
+    for in_place in True, False:
+        torch.manual_seed(0)
+        maps.append(cam_maps(WritesOver(in_place).eval(), xb, 'ablationcam', layer='bn').maps)
+    torch.testing.assert_close(*maps)
+
+
 def test_in_place_relu_after_the_target_layer(xb):
     "In place, the library sees activations that the ReLU has already changed, on the CPU"
     plain,inplace = tiny(),tiny()

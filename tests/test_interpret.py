@@ -4,9 +4,11 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.vision.all import ImageDataLoaders, Learner, load_learner
 from PIL import Image
 from torch import nn
 
@@ -78,6 +80,25 @@ def by_hand(learn, files):
     x = torch.from_numpy(file_pixels(files)).permute(0, 3, 1, 2)/255
     norm = next(t for t in learn.dls.valid.after_batch.fs if hasattr(t, 'mean'))
     with torch.no_grad(): return learn.model.eval()((x - norm.mean.cpu())/norm.std.cpu())
+
+
+def test_a_loss_without_an_activation_has_probabilities_too(shapes):
+    learn = learner(shapes)
+    plain = Learner(learn.dls, learn.model, loss_func=nn.CrossEntropyLoss())
+    with plain.no_bar(): a,b = CamInterpretation.from_learner(plain),CamInterpretation.from_learner(learn)
+    torch.testing.assert_close(a.probs, b.probs); torch.testing.assert_close(a.losses, b.losses)
+    logits = CamInterpretation(learn, a.dl, a.losses, None, torch.tensor([[9., -2, -3], [-3, -9, -2]]), torch.tensor([0, 2]))
+    logits.vocab = 'abc'
+    assert logits.asked([0, 1], 'rival').tolist() == [1, 0]
+
+def test_files_of_a_data_frame(shapes, tmp_path):
+    files = [f for f in sorted(shapes.rglob('*.png')) if 'mask' not in f.name][:40]
+    frame = pd.DataFrame(dict(name=[str(f.relative_to(shapes)) for f in files], label=[f.parent.name for f in files], valid=[i % 2 == 0 for i in range(40)]))
+    dls = ImageDataLoaders.from_df(frame, shapes, valid_col='valid', bs=10, num_workers=0, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, dls.c)), loss_func=nn.CrossEntropyLoss())
+    with learn.no_bar(): interp = CamInterpretation.from_learner(learn)
+    assert interp.top_losses(3, items=True)[2][0]['name'] in set(frame.name)
+    assert np.load(interp.save_maps(tmp_path/'maps', 2, 'top_losses'))['maps'].shape == (2, 32, 32)
 
 
 # --- one run over the images ---------------------------------------------------------------------------------------------
@@ -185,6 +206,21 @@ def test_bad_choices(interp):
     with pytest.raises(InputError, match='at least one row'): interp.plot_class_cams(groups=0)
     with pytest.raises(InputError, match='unknown class'): interp.plot_mean_cams(['zebra'])
     with pytest.raises(InputError, match='runner|rival'): interp.cams([0], 'best')
+    for target in 3, [1, 2], [[1]]:
+        with pytest.raises(InputError, match='an index for each'): interp.cams([0], target)
+    with pytest.raises(InputError, match='yes and no for 3 images: there are 50'): interp.indices([True, False, True])
+
+def test_a_choice_of_yes_and_no(interp):
+    chosen = interp.preds == 3
+    for which in chosen, chosen.numpy(), chosen.tolist(): assert interp.indices(which) == chosen.nonzero().flatten().tolist()
+
+def test_a_loader_with_an_order_of_its_own_is_refused(learn):
+    with pytest.raises(InputError, match='order of its own'): CamInterpretation.from_learner(learn, dl=learn.dls.valid.new(get_idxs=lambda: [7, 5, 9], n=3))
+
+def test_classes_that_are_numbers(interp):
+    numbers = as_if(interp, interp.targs)
+    numbers.vocab = [*range(10)]
+    assert len(numbers.mean_cams([3, (3, 3), '4'])) == 3 and titles(numbers.plot_mean_cams([3, (3, 4)]))[:2] == ['3', '3 taken\nfor 4']
 
 def test_more_than_there_are(interp):
     wrong = mistaken(interp, {3: 1, 9: 4})
@@ -459,6 +495,18 @@ def test_explain_with_a_network_of_other_channels(channels):
     with torch.no_grad(): expected = model(x[None, None]).softmax(1)[0]
     assert [probs[c] for c in SHAPES] == pytest.approx(expected.tolist(), abs=1e-5)
 
+
+def test_explain_by_an_exported_learner_uses_its_size(shapes, tmp_path):
+    dls = cifar_dls(shapes, bs=10, size=(48, 64), num_workers=0, device='cpu')
+    learn = cifar_learner(dls, tiny_net(), bf16=False, path=tmp_path)
+    file = sorted(f for f in shapes.rglob('*.png') if 'mask' not in f.name)[0]
+    _,probs = explain_image(learn, file)
+    learn.export('l.pkl')
+    _,loaded = explain_image(load_learner(tmp_path/'l.pkl'), file)
+    assert loaded == pytest.approx(probs, abs=1e-5)
+
+def test_explain_with_too_few_names(learn):
+    with pytest.raises(InputError, match='2 class names for a network of 10'): explain_image(learn.model, Image.new('RGB', (40, 30)), vocab=['a', 'b'], stats=([.5]*3, [.2]*3))
 
 def test_explain_tiny_and_plain(learn):
     fig,_ = explain_image(learn, Image.new('L', (1, 1), 128), plain=True)

@@ -336,6 +336,20 @@ def test_a_method_that_ignores_the_head_does_not_notice_it(xb):
     grad = cascade(tiny(), xb, y, 'gradcam', 's2')
     assert grad['fc'].mean() < 0.9
 
+class Uncalled(nn.Module):
+    "Weights that are used without a call of their module"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.fc,self.gain = nn.Conv2d(3, 8, 3),nn.Linear(8, 4),nn.Parameter(torch.arange(1., 5))
+    def forward(self, x): return F.linear(self.conv(x).mean((2, 3)), self.fc.weight)*self.gain
+
+def test_no_weight_stays_trained_whoever_uses_it(xb):
+    net = Uncalled()
+    for _,last in randomised(net, xb): pass
+    before,after = net.state_dict(),last.state_dict()
+    assert not any(torch.equal(before[k], after[k]) for k in before)
+
+
 def test_a_layer_may_be_a_module(xb):
     model,y = tiny(),torch.tensor([0, 1, 2, 3, 1])
     a,b = cascade(model, xb, y, layer=model.s2),cascade(model, xb, y, layer='s2')
@@ -449,6 +463,15 @@ def test_only_sure_and_right_images_are_part_of_montages(coloured):
     card = score_cams(coloured, 'gradcam', n=1, montages=2, min_prob=0.6, progress=False)
     assert card.about['eligible'] == sure.sum() and card.about['correct'] == (coloured.preds == coloured.targs).sum()
     assert score_cams(coloured, 'gradcam', n=1, min_prob=1.1, progress=False).about['montages'] == 0
+
+def test_a_network_of_one_size_has_no_montages(coloured):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*15*15, 4))
+    learn = cifar_learner(coloured.learn.dls, net)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(2, .02)
+        with pytest.raises(InputError, match='64×64.*montages=0'): score_cams(learn, 'gradcam', n=3, min_prob=0, progress=False)
+        assert 'gridpg' not in score_cams(learn, 'gradcam', n=3, montages=0, progress=False).scores['gradcam']
+
 
 def test_a_single_image(shaped):
     card = score_cams(shaped, 'gradcam', n=1, montages=1, progress=False)
