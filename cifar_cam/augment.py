@@ -86,15 +86,20 @@ class Cutout(ImageTransform):
     ):
         super().__init__()
         if size < 1: raise InputError(f'Cutout size {size}: the hole needs a side of at least 1 pixel')
-        self.size,self.fill,self.mean = size,fill,None
+        self.size,self.fill,self._found = size,fill,None
 
-    def setups(self, dl): self.batch_tfms,self.mean = dl.after_batch,None
+    def setups(self, dl):
+        self.batch_tfms,self._found = dl.after_batch,None
+        self._find()  # a worker process could not ask a GPU
+
+    def _find(self):
+        norm = first(t for t in self.batch_tfms.fs if isinstance(t, Normalize) and t.mean is not None) if hasattr(self, 'batch_tfms') else None
+        if norm: self._found = norm.mean.flatten().tolist()
 
     def _rgb(self):
-        if not (self.fill or self.mean):
-            norm = first(t for t in self.batch_tfms.fs if isinstance(t, Normalize)) if hasattr(self, 'batch_tfms') else None
-            self.mean = tuple(norm.mean.flatten().tolist()) if norm else (.5,.5,.5)
-        return [round(255*c) for c in self.fill or self.mean]
+        if self.fill is None and self._found is None: self._find()
+        fill = (.5,.5,.5) if self.fill is None and self._found is None else self._found if self.fill is None else self.fill
+        return [round(255*float(c)) for c in fill]
 
     def encodes(self, x:PILImage):
         (w,h),s,x = x.size,self.size,x.copy()
@@ -161,8 +166,8 @@ class Albumentations(Transform):
 # %% ../nbs/02_augment.ipynb #42e0232d
 def albumentations_augment(
     size:int=32, # side of the images in pixels
-    cutout:int=8, # side of the hole in pixels; 0 for none
     mean:tuple=(.491,.482,.447), # fill of the hole, red, green and blue in 0..1: CIFAR-10's mean
+    cutout:int=8, # side of the hole in pixels; 0 for none
 ) -> list:
     "Shift, scale and rotate, crop, flip and one Cutout hole by albumentations, as `item_tfms`"
     import os; os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')

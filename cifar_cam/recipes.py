@@ -198,7 +198,7 @@ def recipe_dls(
 ) -> DataLoaders:
     "The loaders that `r` trains on: (train, held out, test) if it chooses something, else (train, test)"
     augment = {'crop-flip-cutout': lambda: cifar_augment(r.cutout), 'alternating': lambda: [AlternatingFlip(), *cifar_augment(r.cutout, pad=2, flip=False)],
-               'albumentations': lambda: albumentations_augment(r.size, r.cutout, image_stats(data_path(data), r.size)[0]), 'none': list}[r.augment]()
+               'albumentations': lambda: albumentations_augment(r.size, image_stats(data_path(data), r.size)[0], r.cutout), 'none': list}[r.augment]()
     held = r.hold_out if hold_out and chooses(r) else 0
     return cifar_dls(data, augment, r.bs, held, seed, r.size, **{'in_memory': r.augment!='albumentations', **kwargs})
 

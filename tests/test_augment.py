@@ -136,7 +136,7 @@ def test_albumentations_gets_and_gives_numpy_and_repeats_with_the_seed(img):
 @pytest.mark.parametrize('side', [0, 5, 16, 40])
 def test_the_hole_of_albumentations_is_as_asked(side):
     red = PILImage.create(np.full((32, 32, 3), (255, 0, 0), dtype=np.uint8))
-    tfm = albumentations_augment(32, side, mean=(0, 0, 1))[0]
+    tfm = albumentations_augment(32, mean=(0, 0, 1), cutout=side)[0]
     random.seed(0)
     blue = [(np.array(tfm(red, split_idx=0)) == (0, 0, 255)).all(-1) for _ in range(100)]
     assert max(b.sum() for b in blue) == min(side, 32)**2 and (not side or 30 < sum(b.any() for b in blue) < 70)
