@@ -98,7 +98,7 @@ class Cutout(ImageTransform):
 
     def _rgb(self):
         if self.fill is None and self._found is None: self._find()
-        fill = (.5,.5,.5) if self.fill is None and self._found is None else self._found if self.fill is None else self.fill
+        fill = self.fill if self.fill is not None else self._found or (.5,.5,.5)
         return [round(255*float(c)) for c in fill]
 
     def encodes(self, x:PILImage):

@@ -12,13 +12,14 @@ __all__ = ['CIFAR10', 'image_counts', 'check_cifar', 'tested_on', 'check_folder'
 import errno, hashlib, os, secrets, tarfile, tempfile, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from copy import copy
 from pathlib import Path
 from types import MethodType
 
 import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_path, untar_data
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, DisplayedTransform, Image, ImageBlock, IntToFloatTensor, ItemTransform, L, Normalize, PILImage,
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, DisplayedTransform, Image, ImageBlock, IntToFloatTensor, ItemTransform, L, Normalize, PILImage, mk_transform,
                                Pipeline, TensorCategory, TensorImage, TfmdDL, TfmdLists, Transform, chunked, cifar_stats, get_image_files, ndarray, parent_label, rank_distrib)
 from PIL import ImageOps, UnidentifiedImageError
 from fastprogress import progress_bar
@@ -191,7 +192,7 @@ class NamedImage(PILImage):
     "A `PILImage` that names its file when it cannot be read"
     @classmethod
     def create(cls, fn:Path|str|torch.Tensor|ndarray|bytes|Image.Image, **kwargs):
-        return cls(open_photo(fn)) if isinstance(fn, (str, Path)) else super().create(fn, **kwargs)
+        return cls(open_photo(fn)) if isinstance(fn, (str, Path, Image.Image)) else super().create(fn, **kwargs)
 
 def image_files(
     path:Path, # a folder with train/, and test/ or valid/
@@ -233,7 +234,7 @@ def hold_out_splitter(
         if n!=int(n) or not classes <= n <= len(labels) - classes:
             raise InputError(f'hold_out={hold_out}: choose between {classes} and {len(labels) - classes:,} images')
         if rare := [c for c in set(labels) if labels.count(c) < 2]: raise InputError(f'{rare[0]}: one image alone cannot be held out of a class; add another')
-        train,held = train_test_split(train, test_size=n, stratify=labels, random_state=seed)
+        train,held = train_test_split(train, test_size=int(n), stratify=labels, random_state=seed)
         return sorted(train), sorted(held), test
     return split
 
@@ -247,8 +248,12 @@ def image_stats(
     if image_counts(path/'train').keys() == set(CIFAR10): return cifar_stats
     files = [f for f in image_files(path) if f.is_relative_to(path/'train')]
     load = Pipeline([NamedImage.create, Squeeze(size)])
-    x = np.stack([np.asarray(load(f)) for f in files[::max(1, len(files)//n)]])/255
-    return x.mean((0,1,2)).round(3).tolist(), x.std((0,1,2)).round(3).clip(min=.001).tolist()  # a channel may be empty
+    sums = np.zeros((2, 3))
+    for count,f in enumerate(files[::max(1, len(files)//n)], 1):
+        x = np.asarray(load(f))/255
+        sums += x.mean((0, 1)),(x**2).mean((0, 1))
+    mean,square = sums/count
+    return mean.round(3).tolist(), np.sqrt((square - mean**2).clip(min=0)).round(3).clip(min=.001).tolist()  # a channel may be empty
 
 def cifar_block(
     item_tfms:list=None, # transforms of single training images: `cifar_augment(cutout=8)`, say
@@ -410,7 +415,7 @@ def encodes(self, x:TensorCategory): return x
 # %% ../nbs/01_data.ipynb #2ae19fb2
 def _changes_batches(t):
     "What a transform has no method for, it leaves as it is and says nothing"
-    if not isinstance(t, Transform) or isinstance(t, ItemTransform): return True
+    if isinstance(t, (ItemTransform, Pipeline)) or not hasattr(t, 'encodes'): return True
     f,args = (t.encodes._f, (t,)) if isinstance(t.encodes, MethodType) else (t.encodes, ())
     try: f.resolve_method((*args, TensorImage(torch.zeros(1, 3, 32, 32))))
     except LookupError: return False
@@ -424,16 +429,18 @@ def cifar_dls(
     seed:int=0, # which images are held out
     size:int|tuple=32, # images of another size are squeezed to this side, or (height, width)
     in_memory:bool=True, # read everything once and augment whole batches; False: open files in worker processes
+    batch_tfms:list=None, # transforms of whole training batches: `aug_transforms()`, say
     **kwargs, # more for fastai's `dataloaders`: num_workers, device, ...
 ) -> DataLoaders:
     "Loaders of an image folder: train, then the held-out images if any, then test. Raises InputError for a batch larger than the set, and for a transform that would not see the images"
     if not bs >= 1: raise InputError(f'bs={bs}: choose at least one image a batch')
-    if in_memory and (odd := [t for t in L(item_tfms) if not _changes_batches(t)]): raise InputError(f'{odd[0].name.split()[0]}: changes single images, not whole batches of them; pass in_memory=False')
+    single = [mk_transform(copy(t)) for t in L(item_tfms)]  # a transform keeps the mean of the data it is set up with
+    if in_memory and (odd := [t for t in single if not _changes_batches(t)]): raise InputError(f'{odd[0].name.split()[0]}: changes single images, not whole batches of them; pass in_memory=False')
     path = data_path(data)
     norm = Normalize.from_stats(*(stats := image_stats(path, size)))
-    tfms = dict(batch_tfms=[*L(item_tfms), norm], dl_type=MemoryDL) if in_memory else dict(item_tfms=item_tfms)
+    tfms = dict(batch_tfms=[*single, *L(batch_tfms), norm], dl_type=MemoryDL) if in_memory else dict(item_tfms=single, batch_tfms=[*L(batch_tfms), norm])
     if in_memory: kwargs['memory'] = MemoryImages.from_folder(path, size)
     block = cifar_block(hold_out=hold_out, seed=seed, stats=stats, size=size, **tfms)
-    dls = block.dataloaders(path, path=path, bs=bs, val_bs=2*bs, **kwargs)
+    dls = block.dataloaders(path, path=path, **{'bs': bs, 'val_bs': 2*bs, **kwargs})
     if not len(dls.train): raise InputError(f'bs={bs}: there are only {dls.train.n:,} images to train on; choose a smaller batch')
     return dls

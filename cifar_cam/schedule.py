@@ -6,6 +6,8 @@
 __all__ = ['triangle', 'plot_triangle', 'lr_min', 'lr_max', 'find_lrs', 'Plateau']
 
 # %% ../nbs/04_schedule.ipynb #58d4ffbc
+from copy import deepcopy
+
 import matplotlib.pyplot as plt
 import numpy as np
 from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds
@@ -88,7 +90,11 @@ def find_lrs(
     show_plot:bool=True, # draw loss against learning rate, both picks marked
 ) -> tuple:
     "`(lr_min, lr_max)` for `fit_triangle`, by Smith's range test on the training images alone"
-    return tuple(learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=(lr_min, lr_max), show_plot=show_plot))
+    before = deepcopy(learn.model.state_dict())
+    try: return tuple(learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=(lr_min, lr_max), show_plot=show_plot))
+    except BaseException:
+        learn.model.load_state_dict(before)
+        raise
 
 # %% ../nbs/04_schedule.ipynb #3c73523d
 class Plateau(ReduceLROnPlateau):

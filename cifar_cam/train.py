@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from fastai.vision.all import (AvgLoss, AvgSmoothLoss, Callback, CancelEpochException, CastToTensor, CrossEntropyLossFlat, DataLoaders,
+from fastai.vision.all import (AvgLoss, AvgSmoothLoss, Callback, CancelEpochException, CastToTensor, CrossEntropyLossFlat, DataLoaders, L,
                                Learner, Metric, OptimWrapper, ProgressCallback, Recorder, TfmdDL, TrainEvalCallback, chunked, get_model,
                                maybe_gather, num_distrib, partial, rank_distrib)
 from torch import distributed as dist, nn, optim
@@ -36,7 +36,8 @@ def has_bf16(
     device:torch.device='cpu', # where the training runs
 ) -> bool:
     "Whether bfloat16 is fast on `device`: a CPU with avx512_bf16 or AMX, a GPU that supports it"
-    if torch.device(device).type=='cuda': return torch.cuda.is_bf16_supported()
+    if torch.device(device).type=='cuda':
+        with torch.cuda.device(device): return torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 can, but slowly
     return torch.device(device).type=='cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 # %% ../nbs/05_train.ipynb #7a095ec0
@@ -327,6 +328,8 @@ class CifarLearner(Learner):
         finally:  # fastai does not call the callbacks' `after_fit` when something else than their own signals is raised
             self.first_epoch = None
             if hasattr(self, 'bf16'): self.bf16._unwrap()
+            if hasattr(self, 'recorder'): self.recorder.losses = [torch.as_tensor(o).cpu() for o in getattr(self.recorder, 'losses', [])]  # the LR finder stops in the middle of an epoch, and draws them
+            for cb in self.cbs: cb.run = True
 
     @wraps(Learner.get_preds)
     @keep_memory()
@@ -414,7 +417,7 @@ def _plain(o):
 # %% ../nbs/05_train.ipynb #c0a9ae2f
 class Checkpoint(Callback):
     "Write `path` after each epoch, and go on from it where it exists"
-    order = 70
+    order,on = 70,False
     def __init__(self,
         path:Path, # the checkpoint file
     ): self.path = Path(path)
@@ -427,8 +430,9 @@ class Checkpoint(Callback):
         except Exception as e: raise self._refused(e) from None  # cut off, or made to do harm
 
     def before_fit(self):
-        self.run = self.first_epoch is not None and not hasattr(self.learn, 'lr_finder')  # neither `validate` and `get_preds` nor the finder's steps
-        if not self.run: return
+        if hasattr(self.learn, 'gather_preds'): return
+        self.on = self.first_epoch is not None and not hasattr(self.learn, 'lr_finder')  # neither `validate` nor the finder's steps
+        if not self.on: return
         state = from_first(self._read)
         if state is None: return
         try: self._restore(state)
@@ -449,6 +453,7 @@ class Checkpoint(Callback):
         self.learn.train_iter = state['epochs']*len(self.dls.train)  # TensorBoard's steps
 
     def after_epoch(self):
+        if not self.on or hasattr(self.learn, 'gather_preds'): return
         watchers = {cb.name: {k: v for k,v in vars(cb).items() if k in self._watched} for cb in self._watchers()}
         smooth = self.recorder.smooth_loss
         state = dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), epochs=self.epoch + 1, watchers=watchers,
@@ -495,8 +500,8 @@ def cifar_learner(
     if bf16 is None: bf16 = has_bf16(dls.device)
     basic = [TrainEvalCallback(), CastToTensor(), LightRecorder(train_metrics=True), LightProgress()]
     ours = [SeedEpochs(seed), StopOnNaN(), LogLR(), *[Bf16()]*bf16]
-    return CifarLearner(dls, model, loss_func=CrossEntropy(label_smoothing=label_smoothing), opt_func=opt_func(opt), wd=wd, metrics=Accuracy(), path=path,
-                        cbs=[*basic, *ours, *cbs], default_cbs=False, **kwargs)
+    usual = dict(loss_func=CrossEntropy(label_smoothing=label_smoothing), opt_func=opt_func(opt), metrics=Accuracy())
+    return CifarLearner(dls, model, wd=wd, path=path, cbs=[*basic, *ours, *L(cbs)], default_cbs=False, **{**usual, **kwargs})
 
 # %% ../nbs/05_train.ipynb #faa61aaa
 def orthogonalize(
@@ -563,3 +568,5 @@ class FreezeWhitening(Callback):
     def before_train(self):
         # of several processes each waits for the gradients of all parameters
         if num_distrib() < 2: self.model.whiten.bias.requires_grad_(self.epoch < self.share*self.n_epoch)
+    def after_fit(self):
+        if num_distrib() < 2: self.model.whiten.bias.requires_grad_(True)  # the next optimizer, and that of `export`, have it again

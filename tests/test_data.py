@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.data.external import fastai_path
-from fastai.vision.all import RandomResizedCrop, Resize, Rotate, TensorImage, Transform
+from fastai.vision.all import PILImage, RandomResizedCrop, Resize, Rotate, TensorImage, Transform
 from PIL import Image
 
 import cifar_cam.data as data
@@ -207,6 +207,29 @@ def test_both_kinds_of_loaders_agree_on_images_they_do_not_change(shapes):
 def test_a_transform_of_single_images_is_not_left_out_in_silence(shapes, tfm):
     with pytest.raises(InputError, match=rf'^{type(tfm).__name__}: .*in_memory=False'): cifar_dls(shapes, [*cifar_augment(), tfm], bs=16)
     cifar_dls(shapes, tfm, bs=16, in_memory=False, num_workers=0).train.one_batch()
+
+
+def test_a_function_of_single_images_is_not_left_out_either(shapes):
+    def darker(x:PILImage): return PILImage.create(x.point(lambda v: v//2))
+    with pytest.raises(InputError, match='^darker: .*in_memory=False'): cifar_dls(shapes, darker, bs=16)
+
+
+def test_transforms_of_batches_in_fastais_words(shapes):
+    def first_white(x:TensorImage): return torch.ones_like(x)
+    for in_memory in True, False:
+        x,_ = cifar_dls(shapes, bs=16, batch_tfms=[Transform(first_white, split_idx=0, order=50)], in_memory=in_memory, num_workers=0).train.one_batch()
+        assert x.std((0, 2, 3)).max() < 1e-6
+
+
+def test_an_open_image_of_any_mode_is_predicted_as_its_file(shapes, tmp_path):
+    dls = cifar_dls(shapes, bs=16)
+    photo = Image.open(next((shapes/'test').glob('*/*.png'))).convert('RGB').resize((50, 40))
+    photo.save(tmp_path/'a.png')
+    for mode in 'RGBA', 'RGB', 'P', 'L':
+        image = photo.convert(mode)
+        image.save(tmp_path/'a.png')
+        a,b = (dls.test_dl([o]).one_batch()[0] for o in (image, tmp_path/'a.png'))
+        torch.testing.assert_close(a, b)
 
 
 def test_transforms_of_batches_of_every_kind_are_taken(shapes):

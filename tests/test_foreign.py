@@ -114,7 +114,7 @@ def test_a_checkpoint_sets_nothing_but_what_watchers_watch(few, run, tmp_path, m
 def test_a_run_opens_no_other_images_than_it_was_trained_on(run, few, tmp_path, capsys):
     private = Path(shutil.copytree(few, tmp_path/'private'))
     next((private/'test'/'star').iterdir()).unlink()
-    for data,word in (private, 'trained on'), ('/dev/zero', '/dev/zero'), ('/etc', '/etc'), ('/etc/passwd', '/etc/passwd'), ('https://example.com/x.tgz', 'no such file'), ('\0', 'no such file'), ('x'*5000, 'too long'):
+    for data,word in (private, 'trained on'), ('/dev/zero', '/dev/zero'), ('/etc', '/etc'), ('/etc/passwd', '/etc/passwd'), ('https://example.com/x.tgz', 'not there'), ('\0', 'not there'), ('x'*5000, 'not there'):
         edit(run/'env.json', data=str(data))
         for words in ['report', str(run)], ['cam', str(run)]:
             assert main(words)==2

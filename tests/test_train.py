@@ -8,8 +8,8 @@ from fastai.vision.all import Callback, CrossEntropyLossFlat, GradientAccumulati
 
 from cifar_cam.augment import cifar_augment
 from cifar_cam.data import InputError, cifar_dls
-from cifar_cam.schedule import Plateau
-from cifar_cam.train import (OPTIMIZERS, Bf16, Checkpoint, L1Penalty, SeedEpochs, StopOnNaN, UpdateRatio, cifar_learner, has_bf16, keep_memory,
+from cifar_cam.schedule import Plateau, find_lrs
+from cifar_cam.train import (OPTIMIZERS, Bf16, Checkpoint, DeviceSmoothLoss, L1Penalty, SeedEpochs, StopOnNaN, UpdateRatio, cifar_learner, has_bf16, keep_memory,
                              plot_update_ratios, save_atomically, Muon, orthogonalize, ProgressiveResize, FreezeWhitening)
 from conftest import megabytes
 
@@ -258,6 +258,32 @@ def test_a_loss_that_is_no_number_stops_at_once_and_says_where(shapes, tmp_path)
 def test_the_lr_finder_may_diverge(shapes, tmp_path):
     learn = tiny_learner(shapes, tmp_path)
     with learn.no_bar(): learn.lr_find(start_lr=1e15, end_lr=1e30, num_it=20, show_plot=False, stop_div=False, suggest_funcs=None)
+
+
+def test_the_lr_finder_draws_losses_that_were_on_a_gpu(shapes, tmp_path, monkeypatch):
+    class OnGPU(torch.Tensor):
+        def __array__(self, *args, **kwargs): raise TypeError('no array of a tensor on a GPU')
+        def cpu(self): return self.as_subclass(torch.Tensor)
+    value = DeviceSmoothLoss.value
+    monkeypatch.setattr(DeviceSmoothLoss, 'value', property(lambda o: value.fget(o).as_subclass(OnGPU)))
+    learn = tiny_learner(shapes, tmp_path)
+    with learn.no_bar(): learn.lr_find(num_it=20)
+    assert {type(o) for o in learn.recorder.losses} == {torch.Tensor}
+
+
+def test_an_interrupted_finder_leaves_no_callback_asleep_and_no_weight_moved(shapes, tmp_path):
+    learn = tiny_learner(shapes, tmp_path, cbs=Checkpoint(tmp_path/'c.pt'))
+    before = [p.detach().clone() for p in learn.model.state_dict().values()]
+    with learn.added_cbs(stop := StopAt(1, 3)), learn.no_bar(), learn.no_logging(), pytest.raises(StopAt.Dead): find_lrs(learn)
+    assert same(before, learn.model.state_dict().values()) and not (tmp_path/'c.pt').exists()
+    quietly(learn, lambda l: l.fit(1, .01))
+    assert (tmp_path/'c.pt').exists()
+
+
+def test_what_the_learner_is_given_is_what_it_has(shapes, tmp_path):
+    learn = tiny_learner(shapes, tmp_path, metrics=[accuracy], loss_func=CrossEntropyLossFlat(), cbs=Checkpoint(tmp_path/'c.pt'))
+    assert type(learn.loss_func) is CrossEntropyLossFlat and [m.name for m in learn.metrics] == ['accuracy']
+    assert cifar_dls(shapes, bs=16, val_bs=20).valid.bs == 20
 
 
 def test_update_ratios_are_the_steps_over_the_weights(shapes, tmp_path):
