@@ -435,7 +435,7 @@ def cifar_dls(
     "Loaders of an image folder: train, then the held-out images if any, then test. Raises InputError for a batch larger than the set, and for a transform that would not see the images"
     if not bs >= 1: raise InputError(f'bs={bs}: choose at least one image a batch')
     single = [mk_transform(copy(t)) for t in L(item_tfms)]  # a transform keeps the mean of the data it is set up with
-    if in_memory and (odd := [t for t in single if not _changes_batches(t)]): raise InputError(f'{odd[0].name.split()[0]}: changes single images, not whole batches of them; pass in_memory=False')
+    if in_memory and (odd := [t for t in single if not _changes_batches(t)]): raise InputError(f'{odd[0].name.split()[0].rpartition(".")[2]}: changes single images, not whole batches of them; pass in_memory=False')
     path = data_path(data)
     norm = Normalize.from_stats(*(stats := image_stats(path, size)))
     tfms = dict(batch_tfms=[*single, *L(batch_tfms), norm], dl_type=MemoryDL) if in_memory else dict(item_tfms=single, batch_tfms=[*L(batch_tfms), norm])
