@@ -328,7 +328,8 @@ class CifarLearner(Learner):
         finally:  # fastai does not call the callbacks' `after_fit` when something else than their own signals is raised
             self.first_epoch = None
             if hasattr(self, 'bf16'): self.bf16._unwrap()
-            if hasattr(self, 'recorder'): self.recorder.losses = [torch.as_tensor(o).cpu() for o in getattr(self.recorder, 'losses', [])]  # the LR finder stops in the middle of an epoch, and draws them
+            # the LR finder stops in the middle of an epoch, and draws the losses
+            if hasattr(self, 'recorder'): self.recorder.losses = [torch.as_tensor(o).cpu() for o in getattr(self.recorder, 'losses', [])]
             for cb in self.cbs: cb.run = True
 
     @wraps(Learner.get_preds)
