@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
 import api
-from tables import RESULTS, groups, hardware, load, minutes, percent, table
+from tables import RESULTS, command, groups, hardware, load, minutes, percent, recipes, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,22 +94,15 @@ def outputs(text, notebooks, pictures):
 
 # ---- tables
 
-def recipes():
-    "The built-in recipes as dictionaries, evaluated from the text of the module"
-    tree = api.Module(ROOT/'cifar_cam'/'recipes.py')
-    code = ast.Module([tree.names['Recipe'], tree.names['RECIPES']], [])
-    names = {}
-    exec('from dataclasses import asdict, dataclass', names)
-    exec(compile(code, 'recipes', 'exec'), dict(names, check_recipe=lambda r: None), found := {})
-    return {k: names['asdict'](r) for k,r in found['RECIPES'].items()}
-
 def recipe_pages(notebooks):
     "(Markdown, pictures): a section for each experiment, with its curves and its last gallery; and the settings of all"
     parts,pictures = [],{}
+    ours = {load(runs[0], 'recipe.json')['name']: command(runs) for _,runs in groups()}
     for path,nb in notebooks.items():
         if not path.startswith('nbs/experiments/'): continue
         name,(title,quote),found = Path(path).stem,front(nb),pictures_of(nb)
-        parts.append(f'## {title}\n\n{quote}\n\n```sh\ncifar-cam train {name}\n```')
+        lines = dict.fromkeys([f'cifar-cam train {name}', ours.get(name, f'cifar-cam train {name}')])
+        parts.append(f'## {title}\n\n{quote}\n\n```sh\n' + '\n'.join(lines) + '\n```')
         curves = [f for f in found if 'plot_curves' in f[0]][-1:]
         for what,(_,kind,data) in [*(('accuracy, loss and learning rate by epoch', f) for f in curves), *(('class activation maps', f) for f in found[-1:])]:
             file = f'pictures/{name}-{len(pictures)}.{kind}'

@@ -1,10 +1,12 @@
 """The tables of results, made of the records in docs/results: python docs/tables.py [RUN...]
 
-Copies the records of the finished runs named, if any, and writes the tables of runs, of CAM scores and of benchmarks into docs/results.md and nbs/index.ipynb, from which `.ci/readme` makes README.md, and what
+Copies the records of the finished runs named, if any, and writes the tables of runs, of CAM scores and of benchmarks, and the commands that repeat a run, into docs/results.md and nbs/index.ipynb, from which `.ci/readme` makes README.md, and what
 `cifar-cam recipes` says into cifar_cam/published/ours.csv. A run of several seeds is the folder that `cifar-cam train --runs` made. Without a new record nothing changes."""
-import csv, json, re, shutil, subprocess, sys
+import ast, csv, json, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 from statistics import mean
+
+import api
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT/'docs'/'results'
@@ -48,9 +50,32 @@ def row(folder, runs, to):
     return [f"[{recipe['name']}]({to}{folder.relative_to(RESULTS)}/)", published, percent(mean([m['accuracy'] for m in metrics])), f'{percent(lo)} to {percent(hi)}',
             percent(with_tta), metrics[0]['epochs'], len(runs), f'{mean([minutes(r) for r in runs]):.0f}', hardware(env)]
 
+def recipes():
+    "The built-in recipes as dictionaries, evaluated from the text of the module"
+    tree = api.Module(ROOT/'cifar_cam'/'recipes.py')
+    code = ast.Module([tree.names['Recipe'], tree.names['RECIPES']], [])
+    names = {}
+    exec('from dataclasses import asdict, dataclass', names)
+    exec(compile(code, 'recipes', 'exec'), dict(names, check_recipe=lambda r: None), found := {})
+    return {k: names['asdict'](r) for k,r in found['RECIPES'].items()}
+
+def command(runs):
+    "The line that trains `runs` again; None where their recipe is not a built-in one"
+    recipe,env = load(runs[0], 'recipe.json'),load(runs[0], 'env.json')
+    base = recipes().get(recipe['name'])
+    if base is None: return None
+    changed = {k: v for k,v in recipe.items() if base[k]!=v}
+    options = [f'--{k} {changed.pop(k)}' for k in ('epochs', 'bs') if k in changed] + [f"--set {shlex.quote(f'{k}={v}')}" for k,v in changed.items()]
+    options += [f'--runs {len(runs)}']*(len(runs) > 1) + [f"--seed {env['seed']}"]*(env['seed'] > 0) + ['--published-protocol']*env['published_protocol']
+    return ' '.join(['cifar-cam train', recipe['name'], *options])
+
+def commands():
+    "The lines that repeat the rows of the table"
+    return '\n'.join(['```sh', *filter(None, (command(runs) for _,runs in in_order())), '```'])
+
 def in_order():
     "The groups in the order of the recipes, the longest training first"
-    order = re.findall(r"Recipe\('([\w-]+)'", (ROOT/'cifar_cam'/'recipes.py').read_text())
+    order = [*recipes()]
     def key(group):
         recipe = load(group[1][0], 'recipe.json')
         return order.index(recipe['name']) if recipe['name'] in order else len(order), -recipe['epochs']
@@ -118,7 +143,7 @@ def pages():
     for mark,t in dict(headline=headline(to), results=results(to, shortest=4)).items():
         cell = next(c for c in index['cells'] if f'<!-- {mark} -->\n' in c['source'])
         cell['source'] = filled(''.join(cell['source']), **{mark: t}).splitlines(keepends=True)
-    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), benchmarks=benchmarks('results/'), scorecards=scorecards('results/')),
+    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), commands=commands(), benchmarks=benchmarks('results/'), scorecards=scorecards('results/')),
             ROOT/'cifar_cam'/'published'/'ours.csv': ours(),
             ROOT/'nbs'/'index.ipynb': json.dumps(index, ensure_ascii=False, indent=1) + '\n'}
 

@@ -1,11 +1,13 @@
-import json, re
+import json, re, shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
+from cifar_cam.cli import _changes, parser
 from cifar_cam.models import MODELS
-from cifar_cam.recipes import recipe_table
+from cifar_cam.recipes import find_recipe, recipe_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,3 +46,25 @@ def test_the_recipes_at_the_shell_say_what_our_longest_training_reached(monkeypa
         of = [(json.loads((r/'recipe.json').read_text()), json.loads((r/'metrics.json').read_text())) for r in tables.records()]
         best = max((m['epochs'] for r,m in of if r['name']==recipe), default=None)
         assert told[recipe] == '—' if best is None else f'in {best} epochs' in told[recipe] and float(told[recipe].split()[0]) > 0
+
+
+def test_each_row_has_the_command_that_trains_its_recipe(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'docs')
+    import tables
+    said = re.findall(r'^cifar-cam (train .+)$', (ROOT/'docs'/'results.md').read_text(), re.M)
+    records = [runs for _,runs in tables.in_order()]
+    assert len(said)==len(records) > 4
+    for line,runs in zip(said, records):
+        args,env = parser().parse_args(shlex.split(line)),json.loads((runs[0]/'env.json').read_text())
+        recipe = find_recipe(args.recipe, **_changes(args.set, epochs=args.epochs, bs=args.bs))
+        assert asdict(recipe) == json.loads((runs[0]/'recipe.json').read_text())
+        assert (args.data, args.runs, args.seed, args.published_protocol) == (env['data'], len(runs), env['seed'], env['published_protocol'])
+
+
+@pytest.mark.parametrize('notebook', sorted((ROOT/'nbs'/'experiments').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_the_notebook_of_an_experiment_shows_the_run_of_its_record(notebook, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'docs')
+    import tables
+    shown = ''.join(''.join(o['data']['text/plain']) for c in json.loads(notebook.read_text())['cells'] for o in c.get('outputs', []) if 'text/plain' in o.get('data', {}))
+    [runs] = [runs for _,runs in tables.groups() if tables.load(runs[0], 'recipe.json')['name']==notebook.stem]
+    assert f"'accuracy': {tables.load(runs[0], 'metrics.json')['accuracy']}" in shown
