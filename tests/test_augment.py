@@ -3,10 +3,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import PILImage, Pipeline, TensorImage
+from fastai.vision.all import Callback, PILImage, Pipeline, TensorImage, nn
 
 from cifar_cam.augment import TTA, Albumentations, AlternatingFlip, Cutout, Flip, PadCrop, albumentations_augment, cifar_augment
 from cifar_cam.data import InputError, cifar_dls
+from cifar_cam.train import cifar_learner
 
 
 @pytest.fixture
@@ -142,6 +143,18 @@ def test_the_hole_of_albumentations_is_as_asked(side):
     assert max(b.sum() for b in blue) == min(side, 32)**2 and (not side or 30 < sum(b.any() for b in blue) < 70)
 
 
+def test_albumentations_mirrors_half_and_turns_by_up_to_15_degrees():
+    i,j = np.mgrid[:32, :32]
+    img = PILImage.create(np.stack([7*j, 7*i, 0*i], -1).astype('uint8'))   # red grows to the right, green downwards
+    random.seed(0)
+    tfm = albumentations_augment(cutout=0)[0]
+    out = [np.array(tfm(img, split_idx=0)).astype(float) for _ in range(1000)]
+    along = np.array([o[16, 19, :2] - o[16, 13, :2] for o in out])
+    assert .43 < (along[:, 0] < 0).mean() < .57
+    turn = np.degrees(np.arctan2(along[:, 1], np.abs(along[:, 0])))
+    assert turn.min() < -10 and turn.max() > 10 and 12 < np.abs(turn).max() < 18
+
+
 def test_albumentations_moves_images_to_all_sides_alike():
     i,j = np.mgrid[:32, :32]
     img = PILImage.create(np.stack([j, i, np.full_like(i, 255)], -1).astype('uint8'))   # red is the column, green the row that a pixel came from
@@ -182,6 +195,19 @@ def test_alternating_flips_reach_the_loaders(shapes):
     plain = in_order(cifar_dls(shapes, bs=300).train)
     straight = [(e == plain).flatten(1).all(1) for e in epochs]
     assert (straight[0] ^ straight[1]).all()
+
+
+def test_a_training_shows_each_image_the_other_way_round_in_the_next_epoch(shapes, tmp_path):
+    plain = in_order(cifar_dls(shapes, bs=300).train).as_subclass(torch.Tensor)
+    way,seen = {o.numpy().tobytes(): (i, m) for m,xs in enumerate((plain, plain.flip(-1))) for i,o in enumerate(xs)},[]
+    class Note(Callback):
+        def before_batch(self):
+            if self.training: seen.append(dict(way[o.numpy().tobytes()] for o in self.x.as_subclass(torch.Tensor)))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.Flatten(), nn.Linear(64, 10))
+    learn = cifar_learner(cifar_dls(shapes, [AlternatingFlip()], bs=300), net, path=tmp_path, bf16=False, cbs=[Note()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, .01)
+    first,second,third = seen
+    assert len(first) == 300 and all(first[i] != second[i] for i in first) and first == third
 
 
 def test_views_are_the_image_its_mirror_image_and_both_moved(img):

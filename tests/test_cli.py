@@ -1,4 +1,4 @@
-import os, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,6 +8,8 @@ from PIL import Image
 import cifar_cam.cli as cli
 from cifar_cam.cli import COMMANDS, main
 from cifar_cam.data import image_files
+from cifar_cam.models import MODELS
+from cifar_cam.recipes import load_run
 from cifar_cam.shapes import shapes_path
 
 
@@ -53,7 +55,7 @@ def test_help_of_each_command_shows_its_options_and_defaults(capsys):
         assert e.value.code == 0
         out = capsys.readouterr().out
         assert COMMANDS[name].__doc__.split('.')[0].split()[-1] in out
-        for k in COMMANDS[name].__annotations__: assert k.replace('_', '-') in out or k in out
+        for k in COMMANDS[name].__annotations__: assert re.search(rf"--{k.replace('_', '-')}\b|^  {k}\b", out, re.M), k
     with pytest.raises(SystemExit): main(['train', '--help'])
     assert '(default: cifar10)' in capsys.readouterr().out
 
@@ -94,6 +96,30 @@ def test_a_training_at_the_shell_ends_with_its_folder(tmp_path_factory, tmp_path
     assert not plt.get_fignums()   # a thousand photos would pile up
     (tmp_path/'note.jpg').write_text('no picture')
     assert main(['explain', 'note.jpg', '--run', str(path)]) == 2 and 'note.jpg' in capsys.readouterr().err
+
+
+def test_several_seeds_at_the_shell_go_on_too(few, narrow, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, 'davidnet', narrow)
+    for f in 'cifar_cam.recipes.draw_run', 'cifar_cam.report.write_report': monkeypatch.setattr(f, lambda run: None)
+    last = lambda: Path(capsys.readouterr().out.strip().splitlines()[-1])
+    assert main(['train', 'davidnet', '--data', str(few), '--epochs', '1', '--bs', '10', '--set', 'lr=.05', '--set', 'lr_min=.005', '--runs', '2', '--seed', '4']) == 0
+    path = last()
+    summary = json.loads((path/'summary.json').read_text())
+    assert [load_run(path/name).env['seed'] for name in summary['runs']] == [4, 5]
+    shutil.rmtree(path/summary['runs'][1])
+    (path/'summary.json').unlink()
+    assert main(['train', '--resume', str(path)]) == 0 and last() == path
+    assert json.loads((path/'summary.json').read_text())['accuracies'] == summary['accuracies']
+
+
+def test_explain_has_one_figure_at_a_time(run, few, tmp_path, monkeypatch):
+    there,draw = [],cli.explain_image
+    def note(*args, **kwargs):
+        there.append(len(plt.get_fignums()))
+        return draw(*args, **kwargs)
+    monkeypatch.setattr(cli, 'explain_image', note)
+    photos = sorted((few/'test').glob('*/*.png'))[:3]
+    assert main(['explain', *map(str, photos), '--run', str(run), '--out', str(tmp_path/'out')]) == 0 and there == [0, 0, 0]
 
 
 def test_lr_find_prints_its_pick_and_draws_it(colours, tmp_path, capsys):

@@ -250,7 +250,7 @@ def test_a_channel_without_anything_is_no_reason_for_nan(tmp_path):
             (tmp_path/split/c).mkdir(parents=True)
             for i in range(4): Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)*np.array([1, 1, 0], dtype=np.uint8)).save(tmp_path/split/c/f'{i}.png')
     x,_ = cifar_dls(tmp_path, bs=4).train.one_batch()
-    assert x.isfinite().all() and x[:, :2].std() > .5 and x[:, 2].abs().max() < 1
+    assert x.isfinite().all() and x[:, :2].std() > .5 and x[:, 2].abs().max() < 1e-3
 
 
 def test_every_training_image_comes_once_an_epoch(shapes):

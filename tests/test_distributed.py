@@ -45,8 +45,12 @@ TWO = TINY + textwrap.dedent('''
         states.append((torch.initial_seed(), self.dls.train.rng.getstate()[1][:3]))
     SeedEpochs.before_train = before_train
 
-    learns,fit = [],cifar_cam.recipes.fit_recipe
-    def fit_recipe(learn, *args): learns.append(learn); fit(learn, *args)
+    learns,dtypes,fit = [],[],cifar_cam.recipes.fit_recipe
+    def fit_recipe(learn, *args):
+        learns.append(learn)
+        hook = cifar_cam.train.get_model(learn.model)[0].register_forward_hook(lambda module, inputs, out: dtypes.append((module.training, str(out.dtype))))
+        fit(learn, *args)
+        hook.remove()
     cifar_cam.recipes.fit_recipe = fit_recipe
     run = run_recipe(r, data, out/'together')
     [learn] = learns
@@ -63,7 +67,9 @@ TWO = TINY + textwrap.dedent('''
     StopOnNaN.after_loss = check
     note['seeds'] = run_seeds(r, data, out, 5, 3, epochs=1, lr=.02).name
     cifar_cam.train.has_bf16 = lambda device: True
+    dtypes.clear()
     run = run_recipe(r, data, out/'bf16', epochs=1, lr=.02)
+    note['dtypes'] = sorted({dtype for training,dtype in dtypes if training})
     note['bf16'] = 'forward' in vars(learns[-1].model)
     (out/f'rank{rank}.json').write_text(json.dumps(note))
     note['exit'] = main(['train', 'davidnet', '--data', str(out/'nowhere'), '--out', str(out/'nothing')])
@@ -71,7 +77,7 @@ TWO = TINY + textwrap.dedent('''
 ''').replace('RECIPE', f'Recipe(**{SETTINGS})')
 
 
-def torchrun(*words, n=2, timeout=300):
+def torchrun(*words, n=2, timeout=3600):
     env = dict(os.environ, PYTHONPATH=str(Path(cifar_cam.__file__).parents[1]), OMP_NUM_THREADS='1')
     return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), *map(str, words)],
                           env=env, capture_output=True, text=True, timeout=timeout)
@@ -181,7 +187,8 @@ def test_two_processes_give_the_numbers_of_one(two, whole):
     run = load_run(next((two[0]/'together').iterdir()))
     assert run.lrs == whole.lrs and run.env['processes'] == 2 and whole.env['processes'] == 1
     assert same_history(run.history, whole.history) and same_weights(run, whole)
-    assert run.metrics.keys() == whole.metrics.keys() and run.metrics['loss'] == pytest.approx(whole.metrics['loss'], rel=1e-4)
+    assert run.metrics.keys() == whole.metrics.keys()
+    for k in 'loss', 'accuracy', 'accuracy_flip_tta', 'accuracy_tta', 'calibration_error': assert run.metrics[k] == pytest.approx(whole.metrics[k], rel=1e-4, abs=1e-4)
 
 
 def test_all_processes_decide_alike_and_know_the_folder(two):
@@ -229,6 +236,7 @@ def test_bfloat16_trains_in_two_processes(two):
     one,bf16 = (load_run(next(p for p in (two[0]/d).iterdir() if p.is_dir())) for d in (two[1][0]['seeds'], 'bf16'))
     assert two[1][0]['bf16'] is two[1][1]['bf16'] is False and bf16.finished
     assert abs(bf16.history.valid_loss[0] - one.history.valid_loss[0]) < .3
+    for note in two[1]: assert note['dtypes'] == ['torch.bfloat16']
 
 
 def test_one_process_speaks(two):

@@ -3,6 +3,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import pytest
 
 from cifar_cam.cli import _changes, parser
@@ -46,6 +48,42 @@ def test_the_recipes_at_the_shell_say_what_our_longest_training_reached(monkeypa
         of = [(json.loads((r/'recipe.json').read_text()), json.loads((r/'metrics.json').read_text())) for r in tables.records()]
         best = max((m['epochs'] for r,m in of if r['name']==recipe), default=None)
         assert told[recipe] == '—' if best is None else f'in {best} epochs' in told[recipe] and float(told[recipe].split()[0]) > 0
+
+
+def test_each_column_of_the_results_is_that_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'docs')
+    import tables
+    lines = (ROOT/'docs'/'results.md').read_text().splitlines()
+    for folder,runs in tables.groups():
+        metrics,histories = [json.loads((r/'metrics.json').read_text()) for r in runs],[pd.read_csv(r/'history.csv') for r in runs]
+        low,high = json.loads((folder/'summary.json').read_text())['interval'] if len(runs) > 1 else metrics[0]['accuracy_interval']
+        minutes = np.mean([(h.train_seconds.fillna(h.seconds) if 'train_seconds' in h else h.seconds).sum()/60 for h in histories])
+        tta = 100*np.mean([m.get('accuracy_tta', m['accuracy_flip_tta']) for m in metrics])
+        [line] = [l for l in lines if l.startswith('|') and f'results/{folder.name}/)' in l]
+        cells = [c.strip() for c in line.split('|')[1:-1]]
+        assert cells[3:5] == [f'{100*low:.2f} to {100*high:.2f}', f'{tta:.2f}'] and cells[7] == f'{minutes:.0f}'
+        if 'speedrun' in folder.name: assert f'**{tta:.2f} % on CIFAR-10 after {minutes:.0f} minutes' in (ROOT/'README.md').read_text()
+
+
+def test_a_record_is_copied_whole_and_an_unfinished_run_is_refused(finished, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'docs')
+    import tables
+    monkeypatch.setattr(tables, 'RESULTS', tmp_path/'results')
+    tables.add(finished)
+    assert {f.name for f in (tmp_path/'results'/'davidnet-1-epochs').iterdir()} == {'recipe.json', 'env.json', 'history.csv', 'metrics.json', 'lrs.json'}
+    (tmp_path/'stopped').mkdir()
+    with pytest.raises(SystemExit, match='no finished run'): tables.add(tmp_path/'stopped')
+
+
+def test_the_page_about_the_run_folder_tells_what_lies_there(finished):
+    text = (ROOT/'docs'/'run-folder.md').read_text()
+    schema,metrics = json.loads(re.search(r'```json\n(.*?)```', text, re.S)[1]),json.loads((finished/'metrics.json').read_text())
+    assert set(schema['required']) == set(metrics) <= set(schema['properties'])
+    kinds = dict(number=(int, float), integer=int, string=str, array=list, object=dict)
+    assert all(isinstance(v, kinds[schema['properties'][k]['type']]) for k,v in metrics.items() if 'type' in schema['properties'][k])
+    row = next(l for l in text.splitlines() if l.startswith('| `history.csv`'))
+    assert [c for c in re.findall(r'`(\w+)`', row) if c != 'test_accuracy'] == (finished/'history.csv').read_text().splitlines()[0].split(',')
+    for f in finished.iterdir(): assert f'`{f.name}`' in text, f.name
 
 
 def test_each_row_has_the_command_that_trains_its_recipe(monkeypatch):

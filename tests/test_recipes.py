@@ -1,4 +1,5 @@
 import json, shutil
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 from fastai.vision.all import Callback, nn
 
 from cifar_cam import recipes
+from cifar_cam.cli import main
 from cifar_cam.data import CIFAR10, InputError, image_files
 from cifar_cam.models import MODELS
 from cifar_cam.report import write_report
 from cifar_cam.shapes import shapes_path
 from cifar_cam.recipes import (RECIPES, Recipe, Run, accuracy_interval, calibration_error, change, chooses, evaluate, find_recipe, load_published, load_run,
-                               load_weights, new_run_folder, read_recipe, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds, seed_summary, train_seeds)
+                               load_weights, new_run_folder, plot_curves, read_recipe, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds, seed_summary, train_run, train_seeds)
+from cifar_cam.train import OPTIMIZERS, Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, SeedEpochs
 
 FILES = 'recipe.json env.json history.csv metrics.json weights.safetensors checkpoint.pt lrs.json'.split()
 
@@ -89,7 +92,7 @@ def test_only_recipes_that_choose_hold_images_out_and_never_test_images(shapes):
     for r,n in (tiny_recipe(), 0), (tiny_recipe(lr='find'), 30), (tiny_recipe(schedule='plateau'), 30), (tiny_recipe(keep_best=True), 30):
         dls = recipe_dls(r, shapes)
         assert bool(chooses(r)) == (n > 0) and len(dls.loaders) == 2 + (n > 0)
-        assert len(dls.train_ds) == 300 - n and len(dls.valid_ds) == n or len(dls.valid_ds) == 100
+        assert [len(dl.dataset) for dl in dls.loaders] == ([270, 30, 100] if n else [300, 100])
         assert all(f.parent.parent.name == 'test' for f in dls[-1].items)
         if n: assert all(f.parent.parent.name == 'train' for f in [*dls[0].items, *dls[1].items])
     assert len(recipe_dls(tiny_recipe(lr='find'), shapes, hold_out=False).loaders) == 2
@@ -99,6 +102,47 @@ def test_the_published_protocol_is_said_wherever_its_accuracy_is(shapes, tmp_pat
     run = run_recipe(tiny_recipe(epochs=1, keep_best=True), shapes, tmp_path, published_protocol=True)
     assert 'TEST' in run.metrics['chosen_on'] and 'TEST' in run.chosen_on
     assert 'held-out' in run_recipe(tiny_recipe(epochs=1, keep_best=True), shapes, tmp_path).metrics['chosen_on']
+
+
+def test_the_published_protocol_chooses_by_the_test_images_everywhere(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr('cifar_cam.train.has_bf16', lambda device: False)   # while training, bfloat16 may see an image otherwise than float32 afterwards
+    r = tiny_recipe(epochs=1, keep_best=True)
+    run = run_recipe(r, shapes, tmp_path/'one', published_protocol=True)
+    assert [len(dl.dataset) for dl in run.dls.loaders] == [300, 100] and 'test_accuracy' not in run.history
+    assert run.history.valid_accuracy.max() == pytest.approx(run.metrics['accuracy'], abs=1e-6)
+    several = run_seeds(r, shapes, tmp_path/'several', runs=1, published_protocol=True)
+    assert [load_run(f.parent).env['published_protocol'] for f in several.glob('*/env.json')] == [True]
+    (tmp_path/'mine.toml').write_text('arch = "tiny"\nepochs = 1\nbs = 32\nlr = 0.05\nkeep_best = true\n')
+    assert main(['train', str(tmp_path/'mine.toml'), '--data', str(shapes), '--out', str(tmp_path/'shell'), '--published-protocol']) == 0
+    assert [load_run(f.parent).env['published_protocol'] for f in (tmp_path/'shell').glob('*/env.json')] == [True]
+
+
+def test_the_learner_and_the_loaders_are_what_the_recipe_says(shapes):
+    r = tiny_recipe(opt='adamw', wd=.3, l1=.01, label_smoothing=.1, resize='16,32', cutout=11)
+    dls = recipe_dls(r, shapes)
+    learn = recipe_learner(r, dls, seed=3)
+    assert [learn._grab_cbs(L1Penalty)[0].strength, learn._grab_cbs(ProgressiveResize)[0].sizes, learn._grab_cbs(SeedEpochs)[0].seed] == [.01, [16, 32], 3]
+    assert learn.wd == .3 and learn.loss_func.func.label_smoothing == .1 and learn.opt_func.keywords['opt'] is OPTIMIZERS['adamw']
+    plain = recipe_learner(tiny_recipe(), dls)
+    assert not [cb for kind in (L1Penalty, ProgressiveResize, FreezeWhitening) for cb in plain._grab_cbs(kind)]
+    assert recipe_learner(tiny_recipe(arch='speednet'), dls)._grab_cbs(FreezeWhitening)
+    tfms = lambda **changes: {type(t).__name__: t for t in recipe_dls(tiny_recipe(**changes), shapes).train.after_batch.fs}
+    usual,turns,none = tfms(cutout=11),tfms(augment='alternating', cutout=0),tfms(augment='none')
+    assert usual['PadCrop'].pad == 4 and usual['Cutout'].size == 11 and 'Flip' in usual
+    assert turns['PadCrop'].pad == 2 and 'AlternatingFlip' in turns and not {'Flip', 'Cutout'} & turns.keys()
+    assert not {'PadCrop', 'Flip', 'Cutout', 'AlternatingFlip'} & none.keys()
+
+
+@pytest.mark.parametrize('schedule, share', [('linear', lambda t: 1 - t), ('cosine', lambda t: (1 + np.cos(np.pi*t))/2), ('constant', np.ones_like), ('one-cycle', None),
+    ('flat-cosine', lambda t: np.where(t < .5, 1, (1 + np.cos(np.pi*(2*t - 1)))/2)), ('triangle', lambda t: 1 - .9*np.abs(2*t - 1))])
+def test_the_learning_rate_moves_as_the_recipe_says(shapes, tmp_path, schedule, share):
+    r = tiny_recipe(schedule=schedule, epochs=4, pct_start=.5, lr=.02, lr_min=.002)
+    learn = recipe_learner(r, recipe_dls(r, shapes), path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): recipes.fit_recipe(learn, r, (r.lr_min, r.lr))
+    lrs = np.ravel(learn.recorder.lrs)
+    t = np.arange(len(lrs))/len(lrs)
+    if share is None: assert lrs.argmax() == len(lrs)//2 and lrs.max() == pytest.approx(.02)
+    else: np.testing.assert_allclose(lrs, .02*share(t), rtol=1e-4, atol=1e-6)
 
 
 # --- a run
@@ -146,6 +190,18 @@ def test_a_run_whose_images_are_elsewhere_says_where_they_were(shapes, tmp_path,
     with pytest.raises(InputError, match='mine: the images|xxx: the images'): load_run(path).dls
 
 
+def test_a_run_opened_from_another_folder_says_where_to_go(shapes, tmp_path, monkeypatch):
+    (tmp_path/'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shapes, 'mine')
+    path = run_recipe(tiny_recipe(epochs=1), 'mine', 'runs').path.absolute()
+    monkeypatch.chdir('elsewhere')
+    load_run(path).model   # asking about a photo needs no images
+    with pytest.raises(InputError, match='^mine: .*go to the folder where its training began'): load_run(path).dls
+    monkeypatch.chdir(tmp_path)
+    assert len(load_run(path).dls.loaders) == 2
+
+
 def test_the_finder_of_a_run_leaves_other_figures_open(shapes, tmp_path):
     fig = plt.figure()
     run_recipe(tiny_recipe(lr='find', schedule='plateau', epochs=1), shapes, tmp_path)
@@ -170,9 +226,50 @@ def test_a_published_curve_belongs_to_its_recipe_alone(shapes, tmp_path, monkeyp
     assert run.recipe.name == 'davidnet' and run.published is None and (run.path/'report.html').exists()
 
 
+@pytest.mark.parametrize('name, told', [('davidnet', 'published: 61.37 % at epoch 1, 69.57 % at epoch 2.'), ('resnet18-layernorm', 'published: no numbers.')])
+def test_the_published_curve_is_drawn_behind_ours(shapes, tmp_path, monkeypatch, name, told):
+    monkeypatch.setattr(Run, 'data_name', 'cifar10')
+    run = run_recipe(change(RECIPES[name], arch='tiny', epochs=2, bs=32, opt='sgd', lr=.05, lr_min=.005), shapes, tmp_path)
+    assert run.published.equals(load_published(name))
+    page = (run.path/'report.html').read_text()
+    assert told in page and f'published: {RECIPES[name].published:g} %' in page
+    lines = {l.get_label(): l.get_ydata() for l in plot_curves(run.history, run.published).axes[0].lines}
+    assert list(lines['published, test']) == list(load_published(name).test_accuracy) and list(lines['published, train']) == list(load_published(name).train_accuracy)
+    plt.close('all')
+
+
+def test_the_last_row_of_the_history_is_what_is_measured_in_the_end(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr('cifar_cam.train.has_bf16', lambda device: False)
+    held,whole = (run_recipe(tiny_recipe(schedule=s), shapes, tmp_path/s) for s in ('plateau', 'one-cycle'))
+    last,valid = held.history.iloc[-1],evaluate(held.learn, held.dls[1])
+    assert valid['images'] == 30 and last.valid_accuracy == pytest.approx(valid['accuracy'], abs=1e-6)
+    assert last.test_accuracy == pytest.approx(held.metrics['accuracy'], abs=1e-6)
+    assert 'test_accuracy' not in whole.history and whole.history.valid_accuracy.iloc[-1] == pytest.approx(whole.metrics['accuracy'], abs=1e-6)
+
+
+def test_measures_are_those_of_the_averaged_logits():
+    class Loader(list): pass
+    F,random = nn.functional,torch.Generator().manual_seed(0)
+    x,net = torch.randn(400, 3, 8, 8, generator=random),nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.randn(4, 192, generator=random))
+        net[1].bias.zero_()
+        padded = [F.pad(o, (1,)*4, 'reflect') for o in (x, x.flip(-1))]
+        plain,flip = net(x),net(x.flip(-1))
+        y = (2*plain + 2*flip + sum(net(p[..., d:d+8, d:d+8]) for p in padded for d in (0, 2))).argmax(1)   # so the average of all views is always right
+    batches = Loader([(x[:250], y[:250]), (x[250:], y[250:])])
+    m = evaluate(SimpleNamespace(model=net, dls=SimpleNamespace(vocab=list('abcd'))), batches, 'flip-translate')
+    right = lambda logits: (logits.argmax(1) == y).double().mean().item()
+    assert m['accuracy_tta'] == 1 > m['accuracy_flip_tta'] == right(plain + flip) > m['accuracy'] == right(plain)
+    assert m['loss'] == pytest.approx(F.cross_entropy(plain, y).item(), rel=1e-5) and m['images'] == 400
+    assert m['calibration_error'] == pytest.approx(calibration_error(plain.softmax(1), y), abs=1e-6)
+    assert m['class_accuracy'] == pytest.approx({c: (plain.argmax(1) == y)[y == i].double().mean().item() for i,c in enumerate('abcd')})
+
+
 def test_only_the_further_views_are_computed_in_bfloat16(shapes, tmp_path):
     r = tiny_recipe(tta='flip-translate')
     learn,seen = recipe_learner(r, recipe_dls(r, shapes), bf16=True),[]
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, .05)   # logits of random weights nearly tie
     learn.model[0].register_forward_hook(lambda m, i, o: seen.append((o.dtype, m.weight.is_contiguous(memory_format=torch.channels_last))))
     fast = evaluate(learn, learn.dls.valid, r.tta)
     n = len(learn.dls.valid)
@@ -186,9 +283,33 @@ def test_only_the_further_views_are_computed_in_bfloat16(shapes, tmp_path):
 
 def test_the_best_epoch_is_kept(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr('cifar_cam.train.has_bf16', lambda device: False)   # while training, bfloat16 may see an image otherwise than float32 afterwards
-    run = run_recipe(tiny_recipe(keep_best=True, epochs=4, lr=.3, schedule='constant'), shapes, tmp_path)
+    before = SeedEpochs.before_train
+    def spoil(self):
+        before(self)
+        if self.epoch == 3:
+            with torch.no_grad(): self.model[-1].bias.copy_(100*torch.arange(10.))
+    monkeypatch.setattr(SeedEpochs, 'before_train', spoil)   # so the last epoch is not the best
+    run = run_recipe(tiny_recipe(keep_best=True, epochs=4, schedule='constant'), shapes, tmp_path)
+    assert run.history.valid_accuracy.idxmax() < 3 and run.model[-1].bias.abs().max() < 100
     held = run.learn.get_preds(dl=run.dls[1])
     assert (held[0].argmax(1) == held[1]).float().mean().item() == pytest.approx(run.history.valid_accuracy.max(), abs=1e-6)
+
+
+@pytest.mark.parametrize('last', [0, 2])   # before and after the whitening's bias is frozen
+def test_a_speed_run_goes_on_to_the_same_numbers(shapes, tmp_path, monkeypatch, last):
+    for f in 'cifar_cam.recipes.draw_run', 'cifar_cam.report.write_report': monkeypatch.setattr(f, lambda run: None)
+    class Dead(BaseException): pass
+    r,save = change(RECIPES['speedrun'], epochs=4, bs=60, lr=.05, resize='16,16,32,32'),Checkpoint.after_epoch
+    whole = run_recipe(r, shapes, tmp_path/'whole')
+    def die(self):
+        save(self)
+        if self.epoch == last: raise Dead
+    with monkeypatch.context() as mp, pytest.raises(Dead):
+        mp.setattr(Checkpoint, 'after_epoch', die)
+        run_recipe(r, shapes, tmp_path/'cut')
+    again = train_run(next((tmp_path/'cut').iterdir()))
+    assert (again.path/'weights.safetensors').read_bytes() == (whole.path/'weights.safetensors').read_bytes()
+    assert no_seconds(again.history).equals(no_seconds(whole.history)) and again.metrics == whole.metrics
 
 
 # --- bad input leaves nothing behind

@@ -130,7 +130,8 @@ def test_reliability_is_what_the_calibration_error_is_the_mean_of():
 
 def test_paired_difference_counts_only_disagreements():
     d,low,high,p = paired_difference(260, 200, 10_000)
-    assert d == pytest.approx(.006) and low < d < high and p == pytest.approx(.0058, abs=3e-3)
+    assert d == pytest.approx(.006) and (low, high, p) == pytest.approx((.001792986, .010204614, .0058839225), abs=1e-9)
+    assert paired_difference(30, 10, 500)[1:] == pytest.approx((.0150845165, .0645967584, .0022214337), abs=1e-9)
     assert paired_difference(0, 0, 100)[0] == 0 and paired_difference(0, 0, 100)[3] == 1
     forth,back = paired_difference(30, 10, 500),paired_difference(10, 30, 500)
     assert forth[0] == -back[0] and forth[1] == pytest.approx(-back[2]) and forth[3] == back[3]
@@ -164,6 +165,9 @@ def test_the_command_makes_the_same_recipe_again(runs, tmp_path):
     args = parser().parse_args(shlex.split(command)[1:])
     assert toml == '' and find_recipe(args.recipe, **_changes(args.set, epochs=args.epochs, bs=args.bs)) == mine
     assert (args.data, args.seed, args.published_protocol, args.device) == ("/a folder/it's", 7, True, run.env['device'])
+    run.env = dict(run.env, processes=2)
+    assert run_command(run)[0].startswith('torchrun --standalone --nproc-per-node 2 -m cifar_cam train resnet18-plateau ')
+    run.env = dict(run.env, processes=1)
     run.recipe = change(mine, name='my-own', published=None)
     command,toml = run_command(run)
     (tmp_path/'my-own.toml').write_text(toml)

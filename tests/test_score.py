@@ -452,8 +452,18 @@ def test_the_controls_are_what_they_say(coloured):
     model,idxs = coloured.learn.model,np.random.default_rng(0).permutation(np.flatnonzero((coloured.preds == coloured.targs).numpy()))[:6].tolist()
     x,y = coloured[idxs][0].as_subclass(torch.Tensor),coloured.targs[idxs]
     for _,untrained in randomised(model, x): pass
+    sure = (coloured.preds == coloured.targs) & (coloured.probs.amax(1) >= .9)
+    fours = pick_montages(coloured.targs, sure, 2, 0)
+    tiles = montage(coloured[list(range(len(coloured.targs)))][0].as_subclass(torch.Tensor), fours)
     for row,net,method in ('gradcam', model, 'gradcam'), ('randomcam', model, 'randomcam'), ('gradcam, random weights', untrained, 'gradcam'):
-        np.testing.assert_allclose(card.scores[row]['road'], road(model, x, y, positive_maps(net, x, y, method)), atol=1e-6)
+        maps = positive_maps(net, x, y, method)
+        np.testing.assert_allclose(card.scores[row]['road'], road(model, x, y, maps), atol=1e-6)
+        for name,curve in zip(('deletion', 'insertion'), deletion_insertion(model, x, y, maps)): np.testing.assert_allclose(card.scores[row][name], curve, atol=1e-6)
+        np.testing.assert_allclose(card.scores[row]['gridpg'], grid_pg(grid_maps(net, tiles, coloured.targs[fours], method=method)).mean(1), atol=1e-6)
+    noise = torch.rand((6, 8, 8), generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(card.scores['chance']['road'], road(model, x, y, noise), atol=1e-6)
+    np.testing.assert_allclose(card.scores['chance']['deletion'], deletion_insertion(model, x, y, noise)[0], atol=1e-6)
+    np.testing.assert_allclose(card.scores['chance']['randomisation'], np.abs(rank_correlation(noise, positive_maps(model, x, y))))
     remains = cascade(model, x, y)
     np.testing.assert_allclose(card.scores['gradcam']['randomisation'], np.abs(remains['stem.0']))
     assert card.cascades['gradcam'] == pytest.approx({l: np.abs(r).mean() for l,r in remains.items()})

@@ -1,4 +1,5 @@
 import json, platform, subprocess, sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ FITS = dict(
 
 
 @pytest.mark.parametrize('fit', FITS)
-@pytest.mark.parametrize('opt', ['nesterov', 'adam'])
+@pytest.mark.parametrize('opt', ['nesterov', 'adam', 'muon'])
 @pytest.mark.parametrize('at', [(0, 3), (1, 0), (3, 8)])
 def test_a_killed_training_goes_on_to_the_same_numbers(shapes, tmp_path, fit, opt, at):
     whole,values = quietly(tiny_learner(shapes, tmp_path, opt=opt), lambda l: FITS[fit](l, [Checkpoint(tmp_path/'whole.pt')]))
@@ -230,9 +231,17 @@ def test_bf16_is_near_float32(shapes, tmp_path):
     assert abs(a[-1][0] - b[-1][0]) < .05*b[-1][0]
 
 
-def test_bf16_is_chosen_where_the_processor_is_made_for_it(shapes, tmp_path):
-    learn = tiny_learner(shapes, tmp_path, bf16=None)
-    assert bool(learn._grab_cbs(Bf16)) == has_bf16('cpu')
+@pytest.mark.parametrize('avx, amx', [(False, False), (True, False), (False, True)])
+def test_bf16_is_chosen_where_the_processor_is_made_for_it(shapes, tmp_path, monkeypatch, avx, amx):
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+    assert bool(tiny_learner(shapes, tmp_path, bf16=None)._grab_cbs(Bf16)) == (avx or amx)
+
+
+def test_a_gpu_that_only_emulates_bf16_trains_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device', lambda d: nullcontext())
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
+    assert not has_bf16('cuda')
 
 
 def test_l1_moves_every_weight_toward_zero_and_is_not_in_the_reported_loss(shapes, tmp_path):
