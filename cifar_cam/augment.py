@@ -29,7 +29,7 @@ def _padded(x, pad, mode):
 
 # %% ../nbs/02_augment.ipynb #79b669d6
 class PadCrop(ImageTransform):
-    "Pad by `pad` pixels a side, then cut out a window of the old size at random"
+    "Pad by `pad` pixels a side, then cut out a window of the old size at random. Raises InputError for an unknown mode"
     split_idx,order = 0,1
     def __init__(self,
         pad:int=4, # pixels on each side; 4 is what CIFAR-10 has been trained with since He et al. 2015
@@ -45,12 +45,16 @@ class PadCrop(ImageTransform):
         return PILImage.create(np.pad(np.asarray(x), ((p,p),(p,p),(0,0)), mode=self.mode)[i:i+h, j:j+w])
 
     def encodes(self, x:TensorImage):
-        h,w,n = *x.shape[-2:],2*self.pad + 1
+        h,w = x.shape[-2:]
+        n = 2*self.pad + 1  # offsets along a side
         x = x.as_subclass(torch.Tensor)  # fastai's types make a slice slow, and there are many
-        x,out,start = _padded(x, self.pad, self.mode),torch.empty_like(x, memory_format=torch.contiguous_format),0
+        padded,out = _padded(x, self.pad, self.mode),torch.empty_like(x, memory_format=torch.contiguous_format)
+        start = 0
         for offset,count in enumerate(torch.randint(0, n*n, (len(x),)).bincount(minlength=n*n).tolist()):
-            i,j,these = offset//n,offset%n,slice(start, start := start + count)
-            if count: out[these] = x[these, :, i:i+h, j:j+w]
+            i,j = divmod(offset, n)
+            end = start + count
+            if count: out[start:end] = padded[start:end, :, i:i+h, j:j+w]
+            start = end
         return TensorImage(out)
 
 # %% ../nbs/02_augment.ipynb #748d72d8
@@ -78,7 +82,7 @@ class AlternatingFlip(Flip):
 
 # %% ../nbs/02_augment.ipynb #4b28faed
 class Cutout(ImageTransform):
-    "A square hole of `size` pixels, centred anywhere, clipped at the border, filled with the data set's mean (DeVries & Taylor 2017)"
+    "A square hole of `size` pixels, centred anywhere, clipped at the border, filled with the data set's mean (DeVries & Taylor 2017). Raises InputError for a size below 1"
     split_idx,order = 0,3
     def __init__(self,
         size:int=8, # side of the hole in pixels; the published experiments use 8 and 16
@@ -130,7 +134,9 @@ def cifar_augment(
     return ([PadCrop(pad)] if pad else []) + ([Flip()] if flip else []) + ([Cutout(cutout)] if cutout else [])
 
 # %% ../nbs/02_augment.ipynb #6ec43d01
-def mirrored(x:torch.Tensor) -> torch.Tensor:
+def mirrored(
+    x:torch.Tensor, # N×C×H×W
+) -> torch.Tensor:
     "The images, left and right exchanged"
     return x.flip(-1)
 
@@ -143,10 +149,13 @@ def moved(
     return F.pad(x, (1,)*4, 'reflect')[..., 1+by:1+by+h, 1+by:1+by+w]
 
 # %% ../nbs/02_augment.ipynb #f9603142
+def _moved_mirror(x, by): return moved(mirrored(x), by)
+
 # test-time augmentation: views and their weights
 TTA = {'flip': [(None, 1), (mirrored, 1)],
-       'flip-translate': [(None, 2), (mirrored, 2), *((partial(moved, by=d), 1) for d in (-1, 1)),
-                          *((lambda x, d=d: moved(mirrored(x), d), 1) for d in (-1, 1))]}
+       'flip-translate': [(None, 2), (mirrored, 2),
+                          (partial(moved, by=-1), 1), (partial(moved, by=1), 1),
+                          (partial(_moved_mirror, by=-1), 1), (partial(_moved_mirror, by=1), 1)]}
 
 # %% ../nbs/02_augment.ipynb #04bd2c70
 class Albumentations(Transform):

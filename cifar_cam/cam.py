@@ -99,14 +99,16 @@ def stages(
 ) -> list: # dotted names, in the order of the pass
     "The stages of a network whose maps are at least `min_px` on each side"
     kids = {prefix+n: m for n,m in model.named_children()}
+    names = list(kids)
     within = lambda n: stages(kids[n], sizes, min_px, n+'.')
-    first,*rest = kids or ['']
-    if first and any(kids[first].children()):
-        if not rest or isinstance(model, nn.Sequential) and len(rest)==1 and not sizes.get(rest[0]): return within(first)
+    has_parts = lambda n: any(kids[n].children())
+    body_and_head = isinstance(model, nn.Sequential) and len(names)==2 and not sizes.get(names[1])
+    if (len(names)==1 or body_and_head) and has_parts(names[0]): return within(names[0])
     maps = [n for n in sizes if n in kids and sizes[n] and not isinstance(kids[n], _no_stage)]
-    small = next((i for i,n in enumerate(maps) if min(sizes[n]) < min_px), len(maps))
-    big,stem_only = maps[:small], not any(any(kids[n].children()) for n in maps[:small])
-    return (within(maps[small]) if stem_only and small < len(maps) else []) or big
+    small = next((n for n in maps if min(sizes[n]) < min_px), None)
+    big = maps[:maps.index(small)] if small else maps
+    only_stem = not any(map(has_parts, big))
+    return (within(small) or big) if small and only_stem else big
 
 # %% ../nbs/06_cam.ipynb #fa6dc069
 def find_layer(
@@ -442,11 +444,13 @@ def all_cams(
 ) -> Iterator: # a `CamMaps` for each batch
     "The class activation maps of a loader's images, batch by batch in bounded memory. Raises InputError as `cam_maps` does"
     key,one_layer = cam_method(method)[0],isinstance(layer, str) and layer == 'auto'
+    asked = targets if isinstance(targets, tuple) else (targets,)
+    is_true = lambda t: isinstance(t, str) and t == 'true'
     for b in (progress_bar(dl, leave=False) if progress else dl):
         xb,*yb = b if isinstance(b, (tuple, list)) else [b]
-        if not yb and 'true' in (targets if isinstance(targets, tuple) else [targets]): raise InputError("the loader has no labels for 'true': make it by test_dl(..., with_labels=True)")
-        label = lambda t: yb[0] if isinstance(t, str) and t == 'true' else t
-        asked = tuple(map(label, targets)) if isinstance(targets, tuple) else label(targets)
+        if not yb and any(map(is_true, asked)): raise InputError("the loader has no labels for 'true': make it by test_dl(..., with_labels=True)")
+        classes = tuple(yb[0] if is_true(t) else t for t in asked)
+        if not isinstance(targets, tuple): classes, = classes
         if one_layer and key not in ('fullgrad', 'refinecam'):
             layer,one_layer = _pick_layer(unwrap(model), 'auto', _images(unwrap(model), xb)[:1], min_px)[1],False
-        yield cam_maps(model, xb, method, layer, asked, min_px=min_px, **kwargs)
+        yield cam_maps(model, xb, method, layer, classes, min_px=min_px, **kwargs)

@@ -138,7 +138,8 @@ def explain(
 ):
     "Show a photo's three likeliest classes, and where the network looked"
     o = load_run(run) if run else pretrained_run()
-    about = dict(vocab=list(o.model and o.metrics['class_accuracy']), stats=(o.metrics['mean'], o.metrics['std']), size=o.metrics['size'])
+    o.model  # says so if the training is not finished
+    about = dict(vocab=list(o.metrics['class_accuracy']), stats=(o.metrics['mean'], o.metrics['std']), size=o.metrics['size'])
     names = []
     for image in images:
         fig,probs = explain_image(o.model, image, method=method, layer=layer, min_px=min_px, **about)
@@ -171,7 +172,8 @@ def report(
     out:str=None, # the file that a comparison is written to; by default beside the first run's folder
 ):
     "Write report.html into a run's folder, or one page that compares several runs"
-    if out and (len(run)==1 or Path(out).is_dir()): raise InputError(f'--out {out}: ' + ('is for a comparison of several runs; leave it out' if len(run)==1 else 'is a folder; name a file'))
+    if out and len(run)==1: raise InputError(f'--out {out}: is for a comparison of several runs; leave it out')
+    if out and Path(out).is_dir(): raise InputError(f'--out {out}: is a folder; name a file')
     print(write_report(run[0]) if len(run)==1 else compare_runs(run, out))
 
 # %% ../nbs/11_cli.ipynb #db738cca

@@ -114,7 +114,7 @@ def unpack(
     with writing(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix='.unpacking-') as tmp:
-            with writing(final.parent): _extract(archive, tmp)
+            _extract(archive, tmp)
             folders = [d for d in Path(tmp).iterdir() if d.is_dir()]
             if len(folders) != 1: raise InputError(f'{archive}: holds {len(folders)} folders instead of one')
             try: check(folders[0])
@@ -203,7 +203,7 @@ def image_files(
 def _classes(path): return [d for d in path.iterdir() if d.is_dir() and not d.name.startswith('.')] if path.is_dir() else []
 
 class Squeeze(Transform):
-    "The whole image at another size: nothing is cut off, so a CAM covers all that was in it"
+    "The whole image at another size: nothing is cut off, so a CAM covers all that was in it. Raises InputError for a side below 32"
     def __init__(self,
         size:int|tuple, # side in pixels, or (height, width)
     ):
@@ -223,10 +223,12 @@ def hold_out_splitter(
     hold_out:int|float=0, # images held out of train, or their share if below 1; 0: only train and test
     seed:int=0, # which images are held out
 ):
-    "A fastai splitter by folder: (train, test), or (train, held out, test)"
+    "A fastai splitter by folder: (train, test), or (train, held out, test). Raises InputError for a seed, and when it splits for a number of images, that cannot be"
     check_seed(seed)
     def split(items):
-        train,test = ([i for i,f in enumerate(items) if (f.parent.parent.name=='train')==yes] for yes in (True, False))
+        in_train = [f.parent.parent.name=='train' for f in items]
+        train = [i for i,yes in enumerate(in_train) if yes]
+        test = [i for i,yes in enumerate(in_train) if not yes]
         if not hold_out: return train, test
         labels = [items[i].parent.name for i in train]
         if not 0 < hold_out < len(labels): raise InputError(f'hold_out={hold_out}: choose a share below 1, or a number of images')
@@ -359,7 +361,10 @@ class MemoryImages:
     ): self.images,self.row = images,{f: i for i,f in enumerate(files)}
 
     @classmethod
-    def from_folder(cls, path:Path, size:int|tuple=32):
+    def from_folder(cls,
+        path:Path, # a folder with train/ and test/
+        size:int|tuple=32, # see `Squeeze`
+    ):
         "All images of a data set: by `cached_images`, except for small ones, which are read in a moment"
         files = image_files(path)
         return cls(cached_images(path, size) if len(files) > 5000 else _decode(files, size), files)
@@ -373,7 +378,8 @@ class MemoryImages:
 class MemoryDL(TfmdDL):
     "A `TfmdDL` over images that are read once and kept on `device` as uint8"
     epoch = 0
-    def __init__(self, dataset,
+    def __init__(self,
+        dataset, # fastai's `Datasets`: images, and labels if there are any
         memory:MemoryImages=None, # the images; None: read from `dataset`
         rows:torch.Tensor=None, # the row of each item in `memory`
         targets:torch.Tensor=None, # the class of each item
@@ -414,7 +420,7 @@ def encodes(self, x:TensorCategory): return x
 
 # %% ../nbs/01_data.ipynb #2ae19fb2
 def _changes_batches(t):
-    "What a transform has no method for, it leaves as it is and says nothing"
+    "Has `t` a method for batches of images? Without one it would pass them on unchanged, and say nothing"
     if isinstance(t, (ItemTransform, Pipeline)) or not hasattr(t, 'encodes'): return True
     f,args = (t.encodes._f, (t,)) if isinstance(t.encodes, MethodType) else (t.encodes, ())
     try: f.resolve_method((*args, TensorImage(torch.zeros(1, 3, 32, 32))))
@@ -437,10 +443,12 @@ def cifar_dls(
     single = [mk_transform(copy(t)) for t in L(item_tfms)]  # a transform keeps the mean of the data it is set up with
     if in_memory and (odd := [t for t in single if not _changes_batches(t)]): raise InputError(f'{odd[0].name.split()[0].rpartition(".")[2]}: changes single images, not whole batches of them; pass in_memory=False')
     path = data_path(data)
-    norm = Normalize.from_stats(*(stats := image_stats(path, size)))
-    tfms = dict(batch_tfms=[*single, *L(batch_tfms), norm], dl_type=MemoryDL) if in_memory else dict(item_tfms=single, batch_tfms=[*L(batch_tfms), norm])
-    if in_memory: kwargs['memory'] = MemoryImages.from_folder(path, size)
-    block = cifar_block(hold_out=hold_out, seed=seed, stats=stats, size=size, **tfms)
+    whole = [*L(batch_tfms), Normalize.from_stats(*image_stats(path, size))]
+    if in_memory:
+        tfms = dict(batch_tfms=[*single, *whole], dl_type=MemoryDL)
+        kwargs['memory'] = MemoryImages.from_folder(path, size)
+    else: tfms = dict(item_tfms=single, batch_tfms=whole)
+    block = cifar_block(hold_out=hold_out, seed=seed, size=size, **tfms)
     dls = block.dataloaders(path, path=path, **{'bs': bs, 'val_bs': 2*bs, **kwargs})
     if not len(dls.train): raise InputError(f'bs={bs}: there are only {dls.train.n:,} images to train on; choose a smaller batch')
     return dls

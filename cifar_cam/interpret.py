@@ -6,6 +6,7 @@
 __all__ = ['CamInterpretation', 'fit_text', 'overlay', 'Panels', 'explain_image']
 
 # %% ../nbs/07_interpret.ipynb #b8d15b16
+from collections import Counter
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from math import nan
@@ -51,7 +52,7 @@ class CamInterpretation(ClassificationInterpretation):
         dl=None, # another loader, with labels: from `learn.dls.test_dl(files, with_labels=True)`
         act=None, # makes probabilities of the network's output; None: the loss function's
     ):
-        "Run over all images once, without augmentation. The loss is the learner's loss function, image by image"
+        "Run over all images once, without augmentation. The loss is the learner's loss function, image by image. Raises InputError for a loader without labels, or one that leaves images out"
         dl = (learn.dls[ds_idx] if dl is None else dl).new(shuffle=False, drop_last=False)
         if len(getattr(dl.dataset, 'tls', 'xy')) <= dl.n_inp: raise InputError('the loader has no labels: make it by test_dl(..., with_labels=True)')
         if [*dl.get_idxs()] != [*range(len(dl.dataset))]: raise InputError('the loader leaves images out, or has an order of its own: make one of the images wanted by test_dl(..., with_labels=True)')
@@ -201,18 +202,17 @@ def indices(self:CamInterpretation,
     if which=='misclassified': return down[wrong[down]][:k].tolist()
     if which=='top_losses': return down[:k].tolist()
     up = self.losses.argsort(stable=True)
-    if which=='correct': return self._in_turn(up[~wrong[up]])[:k]
+    right = up[~wrong[up]].tolist()
+    if which=='correct': return _in_turn(right, self.targs[right].tolist())[:k]
     raise InputError(f"which={which!r}: choose 'misclassified', 'correct', 'top_losses' or a list of indices")
 
-@patch
-def _in_turn(self:CamInterpretation, idxs):
-    "One image of each class, then the second of each, ...: a gallery of ten shows ten classes"
-    seen,turn = {},[]
-    for i in idxs.tolist():
-        c = self.targs[i].item()
-        seen[c] = seen.get(c, -1) + 1
-        turn.append(seen[c])
-    return idxs[torch.tensor(turn, dtype=torch.long).argsort(stable=True)].tolist()
+def _in_turn(idxs, keys):
+    "One of each key, then the second of each, ...: a gallery of ten shows ten classes"
+    seen,turn = Counter(),[]
+    for k in keys:
+        turn.append(seen[k])
+        seen[k] += 1
+    return [idxs[i] for i in np.argsort(turn, kind='stable')]
 
 # %% ../nbs/07_interpret.ipynb #abba9ecf
 @patch
@@ -276,7 +276,8 @@ def overlay(
 # %% ../nbs/07_interpret.ipynb #4174ce2b
 class Panels:
     "A figure of `rows`×`cols` square panels without axes: `axs[row,col]`"
-    def __init__(self, rows:int, cols:int,
+    def __init__(self,
+        rows:int, cols:int, # of panels
         lines:int=1, # of text over each panel
         head:str='', # what the titles say, over all
         bars:int=0, # colour bars at the right
@@ -305,14 +306,21 @@ class Panels:
 
 # %% ../nbs/07_interpret.ipynb #b8f62f2e
 @patch
-def titles(self:Panels, axs, texts):
+def titles(self:Panels,
+    axs, # the panels
+    texts:list, # a title for each
+):
     "Write `texts` over `axs`, all in one size"
     if self.plain: return
     texts,size = fit_text(texts, self.room)
     for ax,t in zip(axs, texts): ax.set_title(t, fontsize=size, y=1, pad=3, linespacing=1.1)
 
 @patch
-def bar(self:Panels, cmap:str, low:float, high:float, label:str):
+def bar(self:Panels,
+    cmap:str, # a matplotlib colour map
+    low:float, high:float, # the values at its ends
+    label:str, # beside it
+):
     "A colour bar in the next place at the right"
     if self.plain: return
     w,h = self.fig.get_size_inches()
@@ -387,8 +395,7 @@ def cams(self:CamInterpretation,
     for xb in _batches(self.dl, idxs):
         t,classes = classes[:len(xb)],classes[len(xb):]
         found.append(cam_maps(self.learn.model, xb, method, layer, t, min_px=min_px, **kwargs))
-    return tuple(np.concatenate([getattr(f, o).float().cpu().numpy() for f in found]).astype(t)
-                 for o,t in (('maps', 'float32'), ('blank', bool)))
+    return np.concatenate([f.maps.float().cpu().numpy() for f in found]),np.concatenate([f.blank.cpu().numpy() for f in found])
 
 # %% ../nbs/07_interpret.ipynb #8d80d73a
 @patch
@@ -477,7 +484,9 @@ def _class_grid(self:CamInterpretation, which, groups, cams, head, plain, figsiz
     for n,(i,image) in enumerate(zip(idxs, self.images(idxs))):
         if cams: _show_cam(place[i], image, maps[n], blank[n])
         else: _show(place[i], image)
-    for ax in (ax for row,axs in zip(grid, p.axs) for i,ax in zip(row, axs) if i is None): _show(ax, _empty)
+    for row,axs in zip(grid, p.axs):
+        for i,ax in zip(row, axs):
+            if i is None: _show(ax, _empty)
     p.titles([place[i] for i in wrong], [self._names[self.preds[i]] for i in wrong])
     if cams: p.bar('inferno', 0, 1, 'CAM')
     return p.fig
@@ -629,7 +638,7 @@ def explain_image(
     plain:bool=False, # the overlay only, without text
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
 ) -> tuple: # (figure, {class: probability}, likeliest first)
-    "Where a network looks in a photo, and its three likeliest classes. The whole photo is squeezed to `size`. Raises InputError"
+    "Where a network looks in a photo, and its three likeliest classes. The whole photo is squeezed to `size`. Raises InputError for a photo that cannot be read, an unknown class, and a network without `vocab` and `stats`"
     im = open_photo(photo)
     model,*known = _learner_needs(learn) if isinstance(learn, Learner) else (learn, None, None, (32, 32))
     vocab,stats,size = (k if o is None else o for o,k in zip((vocab, stats, size), known))

@@ -116,14 +116,19 @@ def conv_norm(
 
 class Scale(nn.Module):
     "x · `factor`"
-    def __init__(self, factor:float):
+    def __init__(self,
+        factor:float, # what the input is multiplied by
+    ):
         super().__init__()
         self.factor = factor
     def forward(self, x:torch.Tensor) -> torch.Tensor: return x*self.factor
 
 class Residual(nn.Module):
     "x + f(x), where f is two `conv_norm`s"
-    def __init__(self, c:int, norm:str='batch'):
+    def __init__(self,
+        c:int, # channels in and out
+        norm:str='batch', # normalisation: see `norm_layer`
+    ):
         super().__init__()
         self.block = nn.Sequential(conv_norm(c, c, norm), conv_norm(c, c, norm))
     def forward(self, x:torch.Tensor) -> torch.Tensor: return x + self.block(x)

@@ -7,7 +7,6 @@ __all__ = ['class_table', 'reliability', 'run_command', 'pick_images', 'write_re
 
 # %% ../nbs/10_report.ipynb #350cc4de
 import base64, hashlib, io, json, shlex, time
-from collections import Counter
 from copy import copy
 from dataclasses import asdict
 from math import isfinite
@@ -25,7 +24,7 @@ from scipy.stats import binomtest
 
 from . import __version__
 from .data import InputError
-from .interpret import CamInterpretation
+from .interpret import CamInterpretation, _in_turn
 from .models import count_parameters
 from .recipes import RECIPES, Run, accuracy_interval, chooses, load_run
 from .score import METRICS
@@ -169,14 +168,6 @@ def _calibration_chart(bins, selected):
     return _chart([main, strip], (0, 1), 'confidence', f'Accuracy by confidence. {words}', integer=False)
 
 # %% ../nbs/10_report.ipynb #5f2c5a04
-def _in_turn(idxs, keys):
-    "One of each key, then the second of each, …"
-    seen,turn = Counter(),[]
-    for k in keys:
-        turn.append(seen[k])
-        seen[k] += 1
-    return [idxs[i] for i in np.argsort(turn, kind='stable')]
-
 def pick_images(
     interp:CamInterpretation, # predictions on the test images
     n:int=700, # at most so many
@@ -257,7 +248,10 @@ def _range_text(interval, digits=1):
     low,high = interval
     return '–' if low!=low else f'{100*low:.{digits}f} to {100*high:.{digits}f}\u00a0%'
 
-def _value_text(v): return {None: 'none', True: 'yes', False: 'no'}[v] if v is None or isinstance(v, bool) else f'{v:.6g}' if isinstance(v, float) else str(v)
+def _value_text(v):
+    if v is None: return 'none'
+    if isinstance(v, bool): return 'yes' if v else 'no'
+    return f'{v:.6g}' if isinstance(v, float) else str(v)
 
 def _time_text(seconds):
     m,s = divmod(round(seconds), 60)
@@ -464,9 +458,11 @@ def compare_runs(
     if len(runs) < 2: raise InputError(f'{len(runs)} run: name at least two to compare')
     runs = [_as_run(o) for o in runs]
     labels,same = _labels(runs),_same_images(runs)
-    page,hits = _compared_gallery(runs, labels, images, budget) if same else (dict(images=[], runs=labels), None)
+    if same: page,hits = _compared_gallery(runs, labels, images, budget)
+    else: page,hits = dict(images=[], runs=labels),np.empty((len(runs), 0), bool)  # no image is common to all
+    differences = _differences(hits) if same else [None]*len(runs)
     path = Path(path or runs[0].path.parent/f'comparison-{time.strftime("%Y%m%d-%H%M%S")}.html')
-    return _render('compare.html', path, page, same=same, runs=list(zip(runs, labels, map(_selected, runs), _differences(hits) if same else runs)),
+    return _render('compare.html', path, page, same=same, runs=list(zip(runs, labels, map(_selected, runs), differences)),
         curves=_compared_curves(runs, labels), history=_compared_history(runs, labels), settings=_compared_settings(runs, labels), labels=labels,
-        crossed=[[sum(c) for c in row] for row in page['crossed']] if same else [], shown=len(page['images']), map_size=page.get('map_size'),
-        vocab=page.get('classes', []), images=hits.shape[1] if same else 0, disagreed=int((hits.any(0) & ~hits.all(0)).sum()) if same else 0)
+        crossed=[[sum(c) for c in row] for row in page.get('crossed', [])], shown=len(page['images']), map_size=page.get('map_size'),
+        vocab=page.get('classes', []), images=hits.shape[1], disagreed=int((hits.any(0) & ~hits.all(0)).sum()))

@@ -10,6 +10,7 @@ from copy import deepcopy
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds
 from fastai.callback.tracker import ReduceLROnPlateau
 from fastai.vision.all import L, Learner, patch
@@ -27,7 +28,7 @@ def triangle(
 
 # %% ../nbs/04_schedule.ipynb #44a28840
 def _check_triangle(n_epoch, lr_min, lr_max, peak):
-    if not 0 < peak < n_epoch: raise InputError(f'peak={peak}: the peak lies between epoch 0 and the last, {n_epoch}')
+    if not 0 < peak < n_epoch: raise InputError(f'peak={peak}: choose it between epoch 0 and the last, {n_epoch}')
     if not 0 <= lr_min < lr_max: raise InputError(f'lr_min={lr_min} and lr_max={lr_max}: 0 ≤ lr_min < lr_max is needed')
 
 def plot_triangle(
@@ -73,11 +74,19 @@ def _at_fall(share, lrs, losses):
     i = above[-1].item() + 1  # the last crossing: an early dip of a noisy loss is not the fall
     return lrs[i].item(), (lrs[i].item(), losses[i])
 
-def lr_min(lrs, losses, num_it):
+def lr_min(
+    lrs:torch.Tensor, # learning rates of the range test
+    losses:torch.Tensor, # smoothed losses at these rates
+    num_it:int, # fastai passes it; not used
+) -> tuple: # (learning rate, the point to mark)
     "For `lr_find`: the learning rate at which the smoothed loss has fallen by a tenth of its whole fall (after Smith 2015)"
     return _at_fall(.1, lrs, losses)
 
-def lr_max(lrs, losses, num_it):
+def lr_max(
+    lrs:torch.Tensor, # learning rates of the range test
+    losses:torch.Tensor, # smoothed losses at these rates
+    num_it:int, # fastai passes it; not used
+) -> tuple: # (learning rate, the point to mark)
     "For `lr_find`: the learning rate at which the smoothed loss has fallen by nine tenths of its whole fall (after Smith 2015)"
     return _at_fall(.9, lrs, losses)
 
@@ -98,7 +107,7 @@ def find_lrs(
 
 # %% ../nbs/04_schedule.ipynb #3c73523d
 class Plateau(ReduceLROnPlateau):
-    "Multiply the learning rate by `factor` after `patience` epochs in which the loss on the validation images has not fallen"
+    "Multiply the learning rate by `factor` after `patience` epochs in which the loss on the validation images has not fallen. Raises InputError for a factor not between 0 and 1"
     def __init__(self,
         factor:float=0.5, # what the learning rate is multiplied by, as in PyTorch
         patience:int=3, # epochs without a new best

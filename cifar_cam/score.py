@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from math import ceil
 from pathlib import Path
+from typing import Iterator
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -263,8 +264,8 @@ def randomised(
     model:nn.Module, # stays as it is
     x:torch.Tensor, # an image or more: finds the order of the layers
     seed:int=0, # of the random weights
-): # a generator
-    "(layer, a copy of `model` with it and all above it drawn anew), from the top; in the last no weight is trained (Adebayo et al. 2018)"
+) -> Iterator: # of (layer name, network)
+    "Destroy one copy of `model` layer by layer from the top, and give (layer, the copy) after each: the same object every time. At the end no weight is trained (Adebayo et al. 2018)"
     net = deepcopy(unwrap(model)).eval()
     p = next(net.parameters())
     for i,(name,modules) in enumerate(reversed(_weighted_layers(net, x.to(p.device, p.dtype)))):
@@ -316,7 +317,7 @@ def bootstrap_interval(
 # %% ../nbs/08_score.ipynb #e013449b
 METRICS = dict(energy='energy in object ↑', energy_other='energy, other mask', pointing='pointing game ↑', pointing_other='pointing, other mask',
                gridpg='GridPG ↑', road='ROAD ↑', deletion='deletion ↓', insertion='insertion ↑', randomisation='random weights |ρ| ↓')
-SURVIVES = 0.3 # mean |rank correlation| with the maps of an untrained network from which on a method is marked; by accident about 0.1
+SURVIVES = 0.3 # from this mean |ρ| with the maps of an untrained network on, a method is marked; unrelated maps have about 0.1
 
 def _mean(scores): return float(s.mean()) if len(s := scores[~np.isnan(scores)]) else np.nan
 
@@ -329,7 +330,10 @@ class Scorecard:
         about:dict, # how it was made
     ): self.scores,self.maps,self.cascades,self.about = scores,maps,cascades,about
 
-    def stat(self, row:str, metric:str) -> dict:
+    def stat(self,
+        row:str, # a key of `scores`
+        metric:str, # a key of `METRICS`
+    ) -> dict:
         "Mean, interval, number of scores in the mean and of those that are NaN; None where there are none"
         if (s := self.scores.get(row, {}).get(metric)) is None: return None
         ok = ~np.isnan(s)
@@ -423,9 +427,10 @@ def plot_cascade(self:Scorecard,
     "What remains of each method's maps as the network is destroyed, layer by layer from the top"
     fig = _new_figure(figsize or (8, 3.2), dpi, layout='constrained')
     ax = fig.add_subplot()
-    for method,layers in self.cascades.items():
-        ax.plot([1, *layers.values()], '.', lw=1.2, label=method, **(dict(ls='-') if method in self.about['methods'] else dict(c='0.55', ls=':')))
+    for method,remains in self.cascades.items():
+        ax.plot([1, *remains.values()], '.', lw=1.2, label=method, **(dict(ls='-') if method in self.about['methods'] else dict(c='0.55', ls=':')))
     ax.axhline(SURVIVES, ls='--', lw=1, c='0.4', zorder=0)
+    layers = next(iter(self.cascades.values()))  # the same for all methods
     ax.set_xticks(range(len(layers) + 1), ['trained', *layers], rotation=45, ha='right', rotation_mode='anchor', fontsize=8)
     ax.set(ylabel='mean |rank correlation|', xlabel='destroyed down to')
     ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -503,7 +508,7 @@ def score_cams(
     if tiles is not None: _check_tiles(model, tiles[:1])
     found_layer = lambda o: None if o is None else cam_layer(model, layer, min_px=min_px, x=o[:1])[0]
     about |= dict(layer=found_layer(x), montage_layer=found_layer(tiles))
-    for _,untrained in randomised(model, x, seed): pass
+    *_,(_,untrained) = randomised(model, x, seed)
     rows = {m: (model, m) for m in dict.fromkeys([*methods, 'randomcam'])} | {f'{methods[0]}, random weights': (untrained, methods[0])}
     scores,found,cascades = {},{},{}
     for row,(net,method) in (progress_bar(rows.items(), leave=False) if progress else rows.items()):

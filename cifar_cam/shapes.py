@@ -131,7 +131,8 @@ def writing(
 
 def _is_full(e, path, least=2**16):
     if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(e): return True
-    with suppress(OSError): return not isinstance(e, OSError) and shutil.disk_usage(path if path.is_dir() else path.parent).free < least
+    if isinstance(e, OSError): return False  # it says itself what is wrong
+    with suppress(OSError): return shutil.disk_usage(path if path.is_dir() else path.parent).free < least
     return False
 
 # %% ../nbs/00_shapes.ipynb #cc046322

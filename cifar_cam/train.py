@@ -203,7 +203,7 @@ def join_processes(
     dist.init_process_group(store=store, rank=rank_distrib(), world_size=num_distrib(), timeout=timedelta(hours=hours))
 
 def leave_processes():
-    "The others are needed no more"
+    "Leave the group that `join_processes` joined, where it holds something of a GPU"
     # Only NCCL holds something to be given back; ending gloo's group can hang (PyTorch 2.6)
     if num_distrib() > 1 and dist.is_initialized() and torch.cuda.is_available(): dist.destroy_process_group()
 
@@ -265,7 +265,7 @@ def shard(
 def whole_batch(
     dl, # a `shard`, or any loader
     i:int, # number of the batch
-    part:torch.Tensor, # of what this process made of its part
+    part:torch.Tensor, # what this process computed for its part of the batch, a row for each image
 ) -> torch.Tensor:
     "What all processes made of batch `i`, in its order; `part` itself if `dl` is no `shard`"
     if (dl := vars(dl).get('whole')) is None: return part
@@ -521,7 +521,8 @@ def orthogonalize(
 # %% ../nbs/05_train.ipynb #99d4e267
 class Muon(optim.Optimizer):
     "Muon for convolutions, Nesterov SGD for matrices and vectors (Jordan 2024); for networks whose convolutions are normalised"
-    def __init__(self, params,
+    def __init__(self,
+        params, # of a network, as for any PyTorch optimizer
         lr:float=.24, # of the convolutions
         momentum:float=.6, # of the convolutions
         weight_decay:float=0., # of all others, times the learning rate, as in AdamW

@@ -214,7 +214,7 @@ def test_the_report_of_a_renamed_recipe_and_of_an_older_run(shapes, tmp_path, mo
     run = run_recipe(tiny_recipe(epochs=1, published=91.77, published_as='best of 50'), shapes, tmp_path)
     page = (run.path/'report.html').read_text()
     assert 'The published experiment reached 91.77' in page and 'this run is not' not in page
-    older = {k: v for k,v in run.metrics.items() if k not in recipes.LATER}
+    older = {k: v for k,v in run.metrics.items() if k not in recipes._OPTIONAL}
     (run.path/'metrics.json').write_text(json.dumps(older))
     assert 'flip and shift' not in write_report(run.path).read_text()
 
