@@ -9,7 +9,7 @@ __all__ = ['CamInterpretation', 'fit_text', 'overlay', 'Panels', 'explain_image'
 from collections import Counter
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from math import nan
+from math import isnan,nan
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -167,14 +167,15 @@ def plot_per_class_accuracy(self:CamInterpretation,
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
 ) -> Figure:
     "Each class's accuracy, best first; the dotted line is the accuracy over all images"
-    acc = sorted(self.per_class_accuracy().items(), key=lambda o: (o[1] != o[1], -o[1]))
+    acc = sorted(self.per_class_accuracy().items(), key=lambda o: (isnan(o[1]), -o[1]))  # a class without images comes last
     fig = _new_figure(figsize or (5.5, 0.26*len(acc) + 0.9), dpi, layout='constrained')
     ax = fig.add_subplot()
     names,size = fit_text([c for c,_ in acc], 1.4, largest=9)
-    ax.barh(range(len(acc)), [0 if a != a else a for _,a in acc], color='#4477aa', height=0.7)
-    for i,(_,a) in enumerate(acc):
-        label = 'no images' if a != a else f'{100*a:.1f} %'
-        ax.text(.01 + (0 if a != a else a), i, label, va='center', fontsize=8, bbox=dict(fc='w', ec='none', pad=.5))
+    lengths = np.nan_to_num([a for _,a in acc])
+    ax.barh(range(len(acc)), lengths, color='#4477aa', height=0.7)
+    for i,((_,a),length) in enumerate(zip(acc, lengths)):
+        label = 'no images' if isnan(a) else f'{100*a:.1f} %'
+        ax.text(.01 + length, i, label, va='center', fontsize=8, bbox=dict(fc='w', ec='none', pad=.5))
     mean = (self.preds == self.targs).float().mean().item()
     ax.axvline(mean, c='0.3', ls=':', lw=1)
     ax.set(xlim=(0, 1.12), xticks=np.linspace(0, 1, 6), xlabel=f'accuracy; all images: {100*mean:.2f} %', ylim=(len(acc) - 0.4, -0.6))
@@ -369,7 +370,7 @@ def asked(self:CamInterpretation,
     idxs:list, # places in the data set
     target:str|list='predicted', # 'predicted', 'actual', 'rival', a class name, or an index for each image
 ) -> torch.Tensor: # class indices
-    "The class that each image's map is about. 'rival' is the actual class, or the runner-up where the prediction is right"
+    "The class that each image's map is about. 'rival' is the actual class, or the runner-up where the prediction is right. Raises InputError for another word, and for a target that is not one index for each image"
     if not isinstance(target, str):
         if (target := torch.as_tensor(target)).shape!=(len(idxs),): raise InputError(f"a target of shape {tuple(target.shape)} for {len(idxs)} images: pass an index for each, 'predicted', 'actual', 'rival' or the name of a class")
         return target
@@ -465,7 +466,7 @@ def by_class(self:CamInterpretation,
     which:str|list='misclassified', # which images, in which order: see `indices`
     groups:int=3, # rows
 ) -> list: # `groups` rows of one index per actual class, None where a class has too few
-    "Images arranged by their actual class"
+    "Images arranged by their actual class. Raises InputError for less than one row"
     if groups < 1: raise InputError(f'groups={groups}: choose at least one row')
     columns = [[] for _ in self.vocab]
     for i in self.indices(which): columns[self.targs[i]].append(i)
@@ -595,19 +596,21 @@ def save_maps(self:CamInterpretation,
     which:str|list='misclassified', # which ones, in which order: see `indices`
     method:str='gradcam', layer:str='auto', min_px:int=5, # see `cams`
 ) -> Path: # of the file
-    "The maps of `plot_cams` with the same arguments: predicted class and rival, with files and classes. Open it by `np.load`"
+    "The maps of `plot_cams` with the same arguments: predicted class and rival, with files and classes. Open it by `np.load`. Raises InputError if there are no such images"
     idxs,path = self.indices(which, k),Path(path)
     if path.suffix != '.npz': path = path.with_name(f'{path.name}.npz')
     if not idxs: raise InputError(self._none(which))
     (maps,blank),(rival_maps,rival_blank) = (self.cams(idxs, t, method, layer, min_px) for t in ('predicted', 'rival'))
-    files = [Path(f).relative_to(self.learn.dls.path).as_posix() if self._inside(f) else str(f) for f in self._files(idxs)]
-    np.savez_compressed(path, maps=maps, blank=blank, rival_maps=rival_maps, rival_blank=rival_blank, indices=idxs, files=files,
+    np.savez_compressed(path, maps=maps, blank=blank, rival_maps=rival_maps, rival_blank=rival_blank, indices=idxs, files=self._file_names(idxs),
         targets=self.targs[idxs], predictions=self.preds[idxs], rivals=self.asked(idxs, 'rival'), probabilities=self.probs[idxs],
         losses=self.losses[idxs], vocab=self._names, method=method, layer=str(layer))
     return path
 
 @patch
-def _inside(self:CamInterpretation, f): return isinstance(f, Path) and f.is_relative_to(self.learn.dls.path)
+def _file_names(self:CamInterpretation, idxs):
+    "Where the images lie in the data folder; of an image that is no file there, its item as text"
+    root = self.learn.dls.path
+    return [f.relative_to(root).as_posix() if isinstance(f, Path) and f.is_relative_to(root) else str(f) for f in self._files(idxs)]
 
 # %% ../nbs/07_interpret.ipynb #e00d60c4
 def _learner_needs(learn):

@@ -607,7 +607,7 @@ def read_lrs(
 
 # %% ../nbs/09_recipes.ipynb #827ac216
 class Run:
-    "A run folder: `recipe`, `env`, `history`, `metrics`, `learn`"
+    "A run folder: `recipe`, `env`, `history`, `metrics`, `learn`. Raises InputError for a folder that is none"
     def __init__(self,
         path:str|Path, # a run folder
     ):

@@ -212,16 +212,12 @@ def _page_data(interp, **more):
     return dict(dict(classes=[str(c) for c in interp.vocab], runs=[], colours=colours, map_size=None, images=[]), **more)
 
 # %% ../nbs/10_report.ipynb #528c45ee
-def _file(interp, i):
-    f,root = interp.dl.items[i],interp.learn.dls.path
-    return f.relative_to(root).as_posix() if isinstance(f, Path) and f.is_relative_to(root) else str(f)
-
 def _cells(cm): return [[int(t), int(p), int(cm[t,p])] for t,p in zip(*np.nonzero(cm))]
 
 def _images(interp, idxs, maps):
     "The images of the page. `maps`: ((N×h×w, blank), …), or () where none could be made"
-    return [dict(i=i, t=int(interp.targs[i]), file=_file(interp, i), src=_data_uri(image), maps=[_base64(m[n].tobytes()) for m,_ in maps],
-                 blank=[bool(b[n]) for _,b in maps]) for n,(i,image) in enumerate(zip(idxs, interp.images(idxs)))]
+    return [dict(i=i, t=int(interp.targs[i]), file=file, src=_data_uri(image), maps=[_base64(m[n].tobytes()) for m,_ in maps],
+                 blank=[bool(b[n]) for _,b in maps]) for n,(i,file,image) in enumerate(zip(idxs, interp._file_names(idxs), interp.images(idxs)))]
 
 def _map_size(maps): return list(maps[0][0].shape[1:]) if maps else None
 
