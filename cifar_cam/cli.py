@@ -132,7 +132,7 @@ def explain(
     images:Annotated[str, {'nargs':'+', 'opt':False}], # photos of any size and kind
     run:str=None, # a finished run's folder: its network is asked; by default the one that comes with the package
     out:str='.', # the folder that gets the pictures
-    method:str='gradcam', # a CAM method of the grad-cam library
+    method:str='hirescam', # a CAM method of the grad-cam library; the default stood every check in docs/results.md, Grad-CAM did not
     layer:str='auto', # the layer whose map is drawn; auto takes the deepest that is at least 5×5
     min_px:int=5, # smallest side of a map that is drawn
 ):

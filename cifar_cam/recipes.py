@@ -883,7 +883,7 @@ def from_pretrained(cls:CamInterpretation,
     dls:DataLoaders, # of CIFAR-10, from `cifar_dls`
     ds_idx:int=1, # which of its loaders: 0 train, 1 validation, -1 the last
 ) -> CamInterpretation:
-    "What the network that comes with the package makes of the images of `dls`. Raises InputError for other classes, sizes or normalisation"
+    "What the network that comes with the package makes of the images of `dls`. Ask for its maps by `method='hirescam'`: Grad-CAM's are at chance in it (docs/results.md). Raises InputError for other classes, sizes or normalisation"
     run = pretrained_run()
     known,given = list(run.metrics['class_accuracy']),[str(c) for c in dls.vocab]
     if known!=given: raise InputError(f"the network that comes with the package knows {', '.join(known)}; these images are of {', '.join(given)}: train one, and use from_learner")

@@ -45,7 +45,7 @@ def test_a_photo_is_explained_without_a_run(tmp_path, capsys, monkeypatch):
     assert main(['explain', 'photo.jpg']) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith('photo.jpg: ') and sum(c in said[0] for c in CIFAR10) == 3
-    assert Image.open(said[-1]).width > 300
+    assert said[-1].endswith('-hirescam.png') and Image.open(said[-1]).width > 300
 
 
 def test_galleries_of_the_users_images(like_cifar):
