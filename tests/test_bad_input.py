@@ -219,7 +219,7 @@ def test_any_path_works(run, few, tmp_path, monkeypatch, capfd, name):
     monkeypatch.setattr('sys.stdout', open(tmp_path/'said', 'w'))   # as strict as a file at the shell
     assert main(['explain', f'./{name}.png', f'--run=./{name}', f'--out={name} out']) == 0
     assert main(['report', f'./{name}']) == 0
-    assert (tmp_path/f'{name} out'/f'{name}-gradcam.png').stat().st_size > 1000 and (folder/'report.html').stat().st_size > 1000
+    assert (tmp_path/f'{name} out'/f'{name}-hirescam.png').stat().st_size > 1000 and (folder/'report.html').stat().st_size > 1000
     assert os.fsencode(f'{name}/report.html') in (tmp_path/'said').read_bytes()
 
 
