@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
-from .data import InputError
+from .core import InputError
 
 # %% ../nbs/06_cam.ipynb #f4e9fe3f
 @contextmanager

@@ -80,7 +80,7 @@ def pictures_of(nb):
 _output = re.compile(r'^```\{output\} (\S+) (.+?)\n(.*?)^```$', re.M | re.S)
 
 def outputs(text, notebooks, pictures):
-    """A fence `{output} 12_tour plot_cams` becomes the picture that this notebook's first cell with that text shows, and nothing
+    """A fence `{output} 000_tour plot_cams` becomes the picture that this notebook's first cell with that text shows, and nothing
     where there is none. Pictures are added to `pictures`"""
     def figure(m):
         nb = notebooks.get(f'nbs/{m[1]}.ipynb')

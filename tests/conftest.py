@@ -17,8 +17,8 @@ import torch
 from fastai.data.external import fastai_cfg
 from torch import nn
 
-from cifar_cam.models import MODELS, conv_norm
-from cifar_cam.recipes import run_recipe
+from cifar_cam.models import conv_norm, MODELS
+from cifar_cam.experiment import run_recipe
 from cifar_cam.shapes import shapes_path
 
 
@@ -117,7 +117,7 @@ def cifar10():
     "The real CIFAR-10, where CIFAR_CAM_DATA names it"
     data = os.environ.get('CIFAR_CAM_DATA')
     if not data: pytest.skip('needs the real CIFAR-10: set CIFAR_CAM_DATA to its folder or .tgz')
-    from cifar_cam.data import cifar_path
+    from cifar_cam.images import cifar_path
     return cifar_path(data)
 
 

@@ -5,9 +5,11 @@ import pytest
 import torch
 from fastai.vision.all import Callback, PILImage, Pipeline, TensorImage, nn
 
-from cifar_cam.augment import TTA, Albumentations, AlternatingFlip, Cutout, Flip, PadCrop, albumentations_augment, cifar_augment
-from cifar_cam.data import InputError, cifar_dls
-from cifar_cam.train import cifar_learner
+from cifar_cam.augment import (Albumentations, albumentations_augment, AlternatingFlip, cifar_augment, Cutout,
+                               HorizontalFlip, PadCrop, TTA)
+from cifar_cam.core import InputError
+from cifar_cam.loaders import cifar_dls
+from cifar_cam.learner import cifar_learner
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def test_pad_crop_gives_each_shift_of_the_padded_image_as_often(img, mode):
 
 
 def test_flip_mirrors_one_in_two(img):
-    for out in draws(Flip(), img, 800):
+    for out in draws(HorizontalFlip(), img, 800):
         mirrored = (out == as_tensor(img).flip(-1)).flatten(1).all(1)
         assert ((out == as_tensor(img)).flatten(1).all(1) ^ mirrored).all()
         assert 330 < mirrored.sum() < 470
@@ -92,7 +94,7 @@ def test_items_and_batches_have_the_same_distribution():
     items = tell(cifar_augment(cutout=12), 'items')
     assert same(items, tell(cifar_augment(cutout=12), 'batch')) > 1e-3
     # what it would notice: a hole of another size, a narrower or a black border, too few mirror images
-    for other in cifar_augment(cutout=11), cifar_augment(cutout=12, pad=3), [PadCrop(4, 'constant'), Flip(), Cutout(12)], cifar_augment(cutout=12, flip=False):
+    for other in cifar_augment(cutout=11), cifar_augment(cutout=12, pad=3), [PadCrop(4, 'constant'), HorizontalFlip(), Cutout(12)], cifar_augment(cutout=12, flip=False):
         assert same(items, tell(other, 'batch')) < 1e-6
 
 

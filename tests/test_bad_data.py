@@ -11,12 +11,15 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from cifar_cam.cli import main
-from cifar_cam.data import InputError, NamedImage, cached_images, check_folder, cifar_dls, data_checksum, data_path, image_files, open_photo, unpack
+from cifar_cam.core import InputError
+from cifar_cam.images import check_folder, data_checksum, data_path, image_files, NamedImage, open_photo, unpack_images
+from cifar_cam.loaders import cached_images, cifar_dls
 from cifar_cam.interpret import explain_image
-from cifar_cam.recipes import load_run, run_recipe, save_weights, train_run
+from cifar_cam.run import load_run, save_weights
+from cifar_cam.experiment import run_recipe, train_run
 from cifar_cam.shapes import shapes_path
 import cifar_cam.train as train
-from cifar_cam.train import save_atomically
+from cifar_cam.core import save_atomically
 
 WITH = dict(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, database=None, derandomize=True)
 
@@ -199,7 +202,7 @@ def test_a_changed_archive_is_unpacked_or_refused(tmp_path, fastai_home, few, mo
         for _ in range(rng.randrange(1, 4)): b[rng.randrange(len(b)//2)] ^= rng.randrange(1, 256)
         (tmp_path/'changed.tgz').write_bytes(b[:rng.choice([len(b), len(b)*3//4])])
         there = set(fastai_home.iterdir())
-        try: shutil.rmtree(unpack(tmp_path/'changed.tgz', check=lambda p: p))
+        try: shutil.rmtree(unpack_images(tmp_path/'changed.tgz', check=lambda p: p))
         except InputError as e: assert 'changed.tgz' in str(e) and str(e).isprintable()
         assert set(fastai_home.iterdir())==there
 
@@ -242,7 +245,7 @@ def test_a_disk_that_is_full_while_unpacking_or_drawing_keeps_what_was_there(dis
     fill(50_000)
     before = set(path.rglob('*'))
     tgz = packed(tmp_path/'second.tgz', [('other/x', {})], folder=few)
-    for write in lambda: unpack(tgz, check=lambda p: p), lambda: shapes_path(n_train=200, n_test=100):
+    for write in lambda: unpack_images(tgz, check=lambda p: p), lambda: shapes_path(n_train=200, n_test=100):
         with pytest.raises(InputError, match='the disk is full'): write()
         assert set(path.rglob('*'))==before and data_checksum(first)==checksum
 

@@ -11,13 +11,19 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from cifar_cam.augment import Cutout
 from cifar_cam.cli import main
-from cifar_cam.data import InputError, cifar_dls, data_path, open_photo
+from cifar_cam.core import InputError
+from cifar_cam.images import data_path, open_photo
+from cifar_cam.loaders import cifar_dls
 from cifar_cam.interpret import explain_image
-from cifar_cam.recipes import Recipe, find_recipe, load_run, new_run_folder, run_recipe, run_seeds
+from cifar_cam.recipe import find_recipe, Recipe
+from cifar_cam.run import load_run, new_run_folder
+from cifar_cam.experiment import run_recipe, run_seeds
 from cifar_cam.report import run_command
 from cifar_cam.schedule import Plateau
-from cifar_cam.shapes import load_mask, shapes_path, writing
-from cifar_cam.train import cifar_learner, save_atomically
+from cifar_cam.core import writing
+from cifar_cam.shapes import load_mask, shapes_path
+from cifar_cam.core import save_atomically
+from cifar_cam.learner import cifar_learner
 
 LONG = 'x'*300
 NAN = float('nan')

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from cifar_cam.models import MODELS
-from cifar_cam.recipes import RECIPES, change
+from cifar_cam.recipe import change_recipe, RECIPES
 
 
 @pytest.fixture(autouse=True)
 def bench(monkeypatch, narrow):
     monkeypatch.syspath_prepend(Path(__file__).parent/'bench')
     for arch in 'davidnet', 'resnet18': monkeypatch.setitem(MODELS, arch, narrow)
-    for name in 'davidnet', 'speedrun': monkeypatch.setitem(RECIPES, name, change(RECIPES[name], bs=64))
+    for name in 'davidnet', 'speedrun': monkeypatch.setitem(RECIPES, name, change_recipe(RECIPES[name], bs=64))
 
 
 def check(res, n, *columns):
@@ -67,8 +67,8 @@ def test_davidnet_whole(shapes, tmp_path):
 
 def test_speedrun_by_airbenchs_rule(shapes, tmp_path):
     import speedrun
-    from cifar_cam.recipes import run_seeds
-    folder = run_seeds(change(RECIPES['speedrun'], epochs=1, resize='20'), shapes, tmp_path, runs=1)
+    from cifar_cam.experiment import run_seeds
+    folder = run_seeds(change_recipe(RECIPES['speedrun'], epochs=1, resize='20'), shapes, tmp_path, runs=1)
     (accuracy,seconds), = speedrun.ours(folder, 'cpu')
     run = json.loads(next(folder.glob('*/metrics.json')).read_text())
     assert accuracy == run['accuracy_tta'] and seconds > 0

@@ -13,8 +13,8 @@ from torch import nn
 from torchvision.models import resnet50, vgg11_bn
 
 from cifar_cam import cam as C
-from cifar_cam.cam import METHODS, all_cams, cam_layer, cam_maps, cam_method, scale_maps
-from cifar_cam.models import davidnet, resnet18
+from cifar_cam.cam import all_cams, cam_layer, cam_maps, cam_method, METHODS, scale_maps
+from cifar_cam.models import cifar_resnet18, davidnet
 
 NAMES = 'cat dog bird frog'.split()
 
@@ -142,7 +142,7 @@ def test_batch_equals_one_by_one(key, model, xb):
 
 def test_resnet18_equals_the_library_on_images_that_are_not_square():
     torch.manual_seed(0)
-    m,x = resnet18().eval(), torch.randn(2, 3, 32, 48)
+    m,x = cifar_resnet18().eval(), torch.randn(2, 3, 32, 48)
     for key in 'gradcam', 'layercam':
         assert (cam_maps(m, x, key).maps - library(m, x, key, layers=['layer3'])).abs().max() <= 1e-4
 
@@ -330,16 +330,16 @@ def test_blank():
 # the layer
 
 def body_head():
-    return nn.Sequential(nn.Sequential(*list(resnet18().children())[:-2]), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)))
+    return nn.Sequential(nn.Sequential(*list(cifar_resnet18().children())[:-2]), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)))
 
 class Wrapper(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net(x)
 
 @pytest.mark.parametrize('make,at32,at64', [
-    (resnet18, 'layer3', 'layer4'), (davidnet, 'layer2', 'layer3'), (tiny, 's2', 's3'), (body_head, '0.6', '0.7'),
-    (lambda: Wrapper(resnet18()), 'net.layer3', 'net.layer4'), (lambda: nn.DataParallel(resnet18()), 'layer3', 'layer4'),
-    (lambda: torch.compile(resnet18(), backend='eager'), 'layer3', 'layer4'), (lambda: resnet50(weights=None), 'layer1', 'layer2')])
+    (cifar_resnet18, 'layer3', 'layer4'), (davidnet, 'layer2', 'layer3'), (tiny, 's2', 's3'), (body_head, '0.6', '0.7'),
+    (lambda: Wrapper(cifar_resnet18()), 'net.layer3', 'net.layer4'), (lambda: nn.DataParallel(cifar_resnet18()), 'layer3', 'layer4'),
+    (lambda: torch.compile(cifar_resnet18(), backend='eager'), 'layer3', 'layer4'), (lambda: resnet50(weights=None), 'layer1', 'layer2')])
 def test_auto_layer(make, at32, at64):
     m = make()
     inner = C.unwrap(m)
@@ -361,7 +361,7 @@ def test_layer_by_name_or_module(model, xb):
 
 
 def test_a_layer_too_small_says_what_to_pass_instead(xb):
-    m = resnet18()
+    m = cifar_resnet18()
     for f in lambda: cam_layer(m, 'layer4'), lambda: cam_maps(m, xb, layer='layer4'), lambda: cam_maps(m, xb, 'scorecam', m.layer4):
         with pytest.raises(ValueError) as e: f()
         for part in "4×4", "32×32", "min_px=5", "layer='layer3' (8×8)", "min_px=4": assert part in str(e.value)
@@ -374,7 +374,7 @@ def test_layers_that_cannot_be(model, xb):
     with pytest.raises(ValueError, match='not a part'): cam_maps(model, xb, layer=nn.ReLU())
     with pytest.raises(ValueError, match='N×C×H×W'): cam_maps(model, xb, layer='fc')
     with pytest.raises(ValueError, match='no N×C×H×W map'): cam_layer(model, 'fc')
-    with pytest.raises(ValueError, match='runs 2 times'): cam_maps(resnet18(), xb, layer='layer3.0.relu')
+    with pytest.raises(ValueError, match='runs 2 times'): cam_maps(cifar_resnet18(), xb, layer='layer3.0.relu')
     with pytest.raises(ValueError, match='only refinecam'): cam_maps(model, xb, layer=['s1', 's2'])
     assert cam_maps(model, xb, 'refinecam', layer=['s1', 's2']).maps.shape == (5, 32, 32)
 

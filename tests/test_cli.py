@@ -7,9 +7,9 @@ from PIL import Image
 
 import cifar_cam.cli as cli
 from cifar_cam.cli import COMMANDS, main
-from cifar_cam.data import image_files
+from cifar_cam.images import image_files
 from cifar_cam.models import MODELS
-from cifar_cam.recipes import load_run
+from cifar_cam.run import load_run
 from cifar_cam.shapes import shapes_path
 
 

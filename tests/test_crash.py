@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cifar_cam.cli import main
-from cifar_cam.data import cached_images, remove_leftovers
+from cifar_cam.core import remove_leftovers
+from cifar_cam.loaders import cached_images
 from cifar_cam.models import MODELS
-from cifar_cam.recipes import load_run, new_run_folder
+from cifar_cam.run import load_run, new_run_folder
 from cifar_cam.shapes import shapes_path
-from cifar_cam.train import SeedEpochs
+from cifar_cam.learner import SeedEpochs
 
 RECIPE = '''arch = "tiny"
 epochs = 3
@@ -270,7 +271,7 @@ def test_a_diverged_training_stops_and_keeps_the_last_good_checkpoint(bench, tmp
     assert not load_run(path).finished and not list(path.rglob('.*'))
     # a cause that was outside the run, as a faulty device is: it goes on
     monkeypatch.setitem(MODELS, 'tiny', lambda **k: nn.Sequential(*tiny()[:2], Trouble(0, trouble), *tiny()[2:]))
-    from cifar_cam.recipes import train_run
+    from cifar_cam.experiment import train_run
     assert len(train_run(path, figures=False).history) == 3
 
 
@@ -281,7 +282,7 @@ def test_too_little_memory_names_half_the_batch(bench, tmp_path, monkeypatch, ca
 
 
 def test_a_python_session_hears_how_to_go_on_too(bench, tmp_path, monkeypatch):
-    from cifar_cam.recipes import run_recipe
+    from cifar_cam.experiment import run_recipe
     def interrupt(x): raise KeyboardInterrupt
     monkeypatch.setitem(MODELS, 'tiny', lambda **k: nn.Sequential(Trouble(3, interrupt), *tiny()))
     with pytest.raises(KeyboardInterrupt, match=f'--resume {tmp_path}'):

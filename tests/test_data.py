@@ -9,9 +9,11 @@ from fastai.vision.all import PILImage, RandomResizedCrop, Resize, Rotate, Tenso
 from PIL import Image
 
 import cifar_cam.data as data
-from cifar_cam.augment import Cutout, Flip, albumentations_augment, cifar_augment
-from cifar_cam.data import (CIFAR10, InputError, MemoryDL, cached_images, check_cifar, cifar_dls, cifar_path, data_checksum, data_path,
-                            hold_out_splitter, image_files, unpack)
+from cifar_cam.augment import albumentations_augment, cifar_augment, Cutout, HorizontalFlip
+from cifar_cam.core import InputError
+from cifar_cam.images import (check_cifar, CIFAR10, cifar_path, data_checksum, data_path, hold_out_splitter,
+                              image_files, unpack_images)
+from cifar_cam.loaders import cached_images, cifar_dls, MemoryDL
 
 
 def fake_cifar(root, train=50, test=10):
@@ -89,10 +91,10 @@ def test_without_data_and_network_the_message_says_what_to_do(monkeypatch):
 
 def test_an_archive_is_unpacked_once(tmp_path, fastai_home):
     tgz = archive(fake_cifar(tmp_path/'src'), tmp_path/'mine.tgz')
-    path = unpack(tgz, check=lambda p: p)
+    path = unpack_images(tgz, check=lambda p: p)
     assert path.parent == fastai_home and len(image_files(path)) == 60
     before = (path/'labels.txt').stat().st_mtime_ns
-    assert unpack(tgz, check=lambda p: p) == path and (path/'labels.txt').stat().st_mtime_ns == before
+    assert unpack_images(tgz, check=lambda p: p) == path and (path/'labels.txt').stat().st_mtime_ns == before
     assert not list(fastai_home.glob('.unpacking*'))
 
 
@@ -110,11 +112,11 @@ def test_an_archive_that_reaches_out_is_refused_and_leaves_nothing(tmp_path, fas
     there = set(fastai_home.rglob('*')) if fastai_home.exists() else set()
     if member.name.startswith('/'):  # tarfile's filter makes an absolute name relative: it must not land outside
         unpack_error = None
-        try: unpack(tgz, check=lambda p: p)
+        try: unpack_images(tgz, check=lambda p: p)
         except InputError as e: unpack_error = e
         assert unpack_error and not Path('/tmp/absolute-outside.txt').exists()
     else:
-        with pytest.raises(InputError, match='evil.tgz'): unpack(tgz, check=lambda p: p)
+        with pytest.raises(InputError, match='evil.tgz'): unpack_images(tgz, check=lambda p: p)
     assert set(fastai_home.rglob('*')) == there
     assert not (fastai_home.parent/'outside.txt').exists()
 
@@ -124,7 +126,7 @@ def test_a_truncated_archive_leaves_nothing(tmp_path, fastai_home, keep):
     tgz = archive(fake_cifar(tmp_path/'src'), tmp_path/'cut.tgz')
     tgz.write_bytes(tgz.read_bytes()[:keep])
     there = set(fastai_home.rglob('*')) if fastai_home.exists() else set()
-    with pytest.raises(InputError, match='cut.tgz') as e: unpack(tgz, check=lambda p: p)
+    with pytest.raises(InputError, match='cut.tgz') as e: unpack_images(tgz, check=lambda p: p)
     assert '\n' not in str(e.value)
     assert set(fastai_home.rglob('*')) == there
 
@@ -133,7 +135,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_passes_for_the_data(tmp_path, 
     tgz = archive(fake_cifar(tmp_path/'src'), tmp_path/'killed.tgz')
     class Killed(BaseException): pass
     def check(path): raise Killed
-    with pytest.raises(Killed): unpack(tgz, check=check)
+    with pytest.raises(Killed): unpack_images(tgz, check=check)
     assert not list(fastai_home.glob('killed-*'))
 
 
@@ -234,7 +236,7 @@ def test_an_open_image_of_any_mode_is_predicted_as_its_file(shapes, tmp_path):
 
 def test_transforms_of_batches_of_every_kind_are_taken(shapes):
     def darker(x:TensorImage): return x//2
-    for tfms in (None, Flip(), [darker], [Transform(darker)], [Rotate()]): cifar_dls(shapes, tfms, bs=16).train.one_batch()
+    for tfms in (None, HorizontalFlip(), [darker], [Transform(darker)], [Rotate()]): cifar_dls(shapes, tfms, bs=16).train.one_batch()
 
 
 def test_loaders_may_move_to_another_device(shapes):
@@ -298,10 +300,10 @@ def test_the_checksum_notices_a_changed_pixel_and_a_changed_label(tmp_path, shap
     assert before == data_checksum(shapes)
     f = image_files(root)[0]
     f.rename(f.parent.parent/'star'/'moved.png')
-    moved = data_checksum(root)
-    assert moved != before
+    shifted_views = data_checksum(root)
+    assert shifted_views != before
     Image.new('RGB', (32, 32)).save(image_files(root)[0])
-    assert data_checksum(root) not in (before, moved)
+    assert data_checksum(root) not in (before, shifted_views)
 
 
 # --- the cache of decoded images
@@ -332,9 +334,9 @@ def test_images_are_decoded_once_and_in_the_order_of_the_files(cached, monkeypat
 def test_a_changed_folder_is_noticed(cached, change):
     root,images,files = cached
     f = image_files(root)[0]
-    if change == 'pixels': Image.new('RGB', (32, 32), (9, 9, 9)).save(f)
-    if change == 'more': shutil.copy(f, f.with_name('again.png'))
-    if change == 'moved': f.rename(f.parent.parent/'star'/'moved.png')
+    if change_recipe == 'pixels': Image.new('RGB', (32, 32), (9, 9, 9)).save(f)
+    if change_recipe == 'more': shutil.copy(f, f.with_name('again.png'))
+    if change_recipe == 'moved': f.rename(f.parent.parent/'star'/'moved.png')
     again = cached_images(root)
     assert again.shape != images.shape or not torch.equal(again, images)
     assert one_cache(root) == files and torch.equal(cached_images(root), again)

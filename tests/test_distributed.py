@@ -9,11 +9,15 @@ from fastai.vision.all import TfmdDL
 from safetensors.torch import load_file
 
 import cifar_cam
-from cifar_cam.data import InputError, cifar_dls
+from cifar_cam.core import InputError
+from cifar_cam.loaders import cifar_dls
 from cifar_cam.models import MODELS
-from cifar_cam.recipes import RECIPES, Recipe, change, check_parts, load_run, run_recipe, train_run
+from cifar_cam.recipe import change_recipe, Recipe, RECIPES
+from cifar_cam.run import check_parts, load_run
+from cifar_cam.experiment import run_recipe, train_run
 from cifar_cam.shapes import shapes_path
-from cifar_cam.train import from_first, one_process, save_atomically, shard
+from cifar_cam.core import save_atomically
+from cifar_cam.parallel import from_first, one_process, shard_loader
 
 # A network whose numbers do not depend on which images stand beside one another, and a run without its pictures
 TINY = textwrap.dedent('''
@@ -102,7 +106,7 @@ def same_weights(a, b, tol=1e-4):
 def test_the_parts_of_each_batch_are_the_batch(colours, in_memory, workers, n):
     dls = cifar_dls(colours, bs=36, hold_out=31, in_memory=in_memory, num_workers=workers)
     for dl in dls.loaders:
-        parts = [shard(dl, rank, n) for rank in range(n)]
+        parts = [shard_loader(dl, rank, n) for rank in range(n)]
         for o in [dl, *parts]: o.rng = random.Random(7)   # what `SeedEpochs` does in each process
         batches = [[torch.cat(o) for o in zip(*b)] for b in zip(*parts)]
         dl.rng = random.Random(7)
@@ -114,15 +118,15 @@ def test_the_parts_of_each_batch_are_the_batch(colours, in_memory, workers, n):
 
 @pytest.mark.parametrize('size, bs, n', [(11, 4, 2), (10, 4, 4), (9, 4, 3), (1, 8, 8), (5, 5, 2), (64, 8, 8)])
 def test_every_image_is_in_one_part_padding_aside(size, bs, n):
-    parts = [shard(TfmdDL(range(size), bs=bs), rank, n) for rank in range(n)]
+    parts = [shard_loader(TfmdDL(range(size), bs=bs), rank, n) for rank in range(n)]
     assert {len(o.get_idxs()) for o in parts} == {parts[0].n} and set().union(*(o.get_idxs() for o in parts)) == set(range(size))
     assert sum(o.n for o in parts) - size < n*-(-size//bs)
-    dropped = [i for rank in range(n) for i in shard(TfmdDL(range(size), bs=bs, drop_last=True), rank, n).get_idxs()]
+    dropped = [i for rank in range(n) for i in shard_loader(TfmdDL(range(size), bs=bs, drop_last=True), rank, n).get_idxs()]
     if bs % n == 0: assert sorted(dropped) == list(range(size//bs*bs))
 
 
 def test_a_batch_that_does_not_divide_is_refused(shapes):
-    r = change(RECIPES['davidnet'], bs=32)
+    r = change_recipe(RECIPES['davidnet'], bs=32)
     for n in 0, 1, 2: check_parts(r, n)
     with pytest.raises(InputError, match='bs=32: does not divide among 3 processes'): check_parts(r, 3)
 
@@ -164,7 +168,7 @@ class Dead(BaseException): pass
 @pytest.fixture(scope='module')
 def stopped(shapes, tiny, tmp_path_factory):
     "A run in one process that ended after its first epoch"
-    from cifar_cam.train import Checkpoint
+    from cifar_cam.learner import Checkpoint
     save,out = Checkpoint.after_epoch,tmp_path_factory.mktemp('stopped')
     def die(self): save(self); raise Dead
     with pytest.MonkeyPatch.context() as mp:

@@ -162,7 +162,7 @@ def test_results_are_the_records(pages):
 
 
 def test_every_recipe_has_its_section_and_settings(pages):
-    from cifar_cam.recipes import RECIPES
+    from cifar_cam.recipe import RECIPES
     for r in RECIPES.values():
         assert f'cifar-cam train {r.name}' in pages['recipes.html'].text
         if r.published: assert f'{r.published} {r.published_as}' in pages['recipes.html'].text
@@ -178,7 +178,7 @@ def code(page, language): return re.findall(rf'^```{language}\n(.*?)^```', (ROOT
 
 
 def test_recipes_of_the_how_to_are_recipes(tmp_path):
-    from cifar_cam.recipes import read_recipe
+    from cifar_cam.recipe import read_recipe
     for i,text in enumerate(blocks := code('own-recipe', 'toml')):
         (tmp_path/f'mine{i}.toml').write_text(text)
         assert read_recipe(tmp_path/f'mine{i}.toml').name==f'mine{i}'

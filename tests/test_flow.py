@@ -5,14 +5,14 @@ import pytest
 from fastai.learner import load_learner
 from torch import nn
 
-from cifar_cam.all import (SHAPES, CamInterpretation, Cutout, Flip, InputError, PadCrop, cam_layer, cifar_block, cifar_dls, cifar_learner, davidnet,
-                           image_files, image_stats, resnet18, shapes_path)
+from cifar_cam.all import (SHAPES, CamInterpretation, Cutout, HorizontalFlip, InputError, PadCrop, cam_layer, cifar_block, cifar_dls, cifar_learner, davidnet,
+                           image_files, image_stats, cifar_resnet18, shapes_path)
 
 
 @pytest.fixture(scope='module')
 def dls(tmp_path_factory):
     path = shapes_path(tmp_path_factory.mktemp('flow'), n_train=50, n_test=20)
-    block = cifar_block(item_tfms=[PadCrop(4), Flip(), Cutout(16)], stats=image_stats(path))
+    block = cifar_block(item_tfms=[PadCrop(4), HorizontalFlip(), Cutout(16)], stats=image_stats(path))
     return block.dataloaders(path, path=path, bs=25, num_workers=0)
 
 
@@ -58,15 +58,15 @@ def test_from_images_to_cams_of_mistakes(dls, tmp_path):
 
 
 def test_the_cam_layer_is_the_deepest_that_can_say_where():
-    assert cam_layer(resnet18())[0] == 'layer3' and cam_layer(davidnet())[0] == 'layer2'
-    with pytest.raises(InputError, match='4×4'): cam_layer(resnet18(), 'layer4')
-    assert cam_layer(resnet18(), 'layer4', min_px=4)[0] == 'layer4'
-    assert cam_layer(resnet18(), size=(64, 64))[0] == 'layer4'
+    assert cam_layer(cifar_resnet18())[0] == 'layer3' and cam_layer(davidnet())[0] == 'layer2'
+    with pytest.raises(InputError, match='4×4'): cam_layer(cifar_resnet18(), 'layer4')
+    assert cam_layer(cifar_resnet18(), 'layer4', min_px=4)[0] == 'layer4'
+    assert cam_layer(cifar_resnet18(), size=(64, 64))[0] == 'layer4'
 
 
 @pytest.mark.parametrize('in_memory', [True, False])
 def test_fastais_export_and_load_learner_keep_working(tmp_path, shapes, in_memory):
-    dls = cifar_dls(shapes, [Flip(), Cutout(8)], bs=50, in_memory=in_memory, num_workers=0)
+    dls = cifar_dls(shapes, [HorizontalFlip(), Cutout(8)], bs=50, in_memory=in_memory, num_workers=0)
     small = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*15*15, 10))
     learn = cifar_learner(dls, small, path=tmp_path)
     quietly(learn, lambda: learn.fit_one_cycle(1, .01))

@@ -9,11 +9,14 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import cifar_cam
 from cifar_cam.cli import main
-from cifar_cam.data import InputError, cached_images
+from cifar_cam.core import InputError
+from cifar_cam.loaders import cached_images
 from cifar_cam.interpret import explain_image
-from cifar_cam.recipes import load_run, load_weights, push_to_hub, run_recipe, train_run
+from cifar_cam.run import load_run, load_weights
+from cifar_cam.experiment import run_recipe, train_run
+from cifar_cam.share import push_to_hub
 from cifar_cam.report import compare_runs, write_report
-from cifar_cam.train import save_atomically
+from cifar_cam.core import save_atomically
 
 
 class Payload:
@@ -175,7 +178,7 @@ def rename(run, few, tmp_path):
     for s in 'train', 'test': (data/s/'star').rename(data/s/evil)
     f = next((data/'test'/evil).iterdir())
     f.rename(f.with_name(evil + '.png'))
-    from cifar_cam.data import data_checksum
+    from cifar_cam.images import data_checksum
     m = json.loads((run/'metrics.json').read_text())
     vocab = sorted(d.name for d in (data/'train').iterdir())
     edit(run/'metrics.json', class_accuracy=dict(zip(vocab, m['class_accuracy'].values())), chosen_on=EVIL, **{EVIL: EVIL})

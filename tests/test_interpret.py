@@ -15,10 +15,13 @@ from torch import nn
 import cifar_cam.interpret as interpret
 from cifar_cam.augment import cifar_augment
 from cifar_cam.cam import CamMaps
-from cifar_cam.data import InputError, cifar_dls
-from cifar_cam.interpret import CamInterpretation, Panels, explain_image, fit_text, open_photo, overlay
+from cifar_cam.core import InputError
+from cifar_cam.loaders import cifar_dls
+from cifar_cam.images import open_photo
+from cifar_cam.panels import fit_text, overlay, Panels
+from cifar_cam.interpret import CamInterpretation, explain_image
 from cifar_cam.shapes import SHAPES, shapes_path
-from cifar_cam.train import cifar_learner
+from cifar_cam.learner import cifar_learner
 
 
 def tiny_net():
@@ -126,7 +129,7 @@ def test_cams_of_a_gallery_are_batches(interp):
 def test_any_loader_in_order_whole_and_not_augmented(shapes, in_memory, ds_idx, folder, n):
     learn = learner(shapes, in_memory, hold_out=20)
     interp = CamInterpretation.from_learner(learn, ds_idx)
-    files = interp._files(range(n))
+    files = interp.files(range(n))
     assert len(interp.targs) == n and {f.parent.parent.name for f in files} == {folder} # 50 train images, drop_last, batches of 16
     assert [SHAPES[t] for t in interp.targs] == [f.parent.name for f in files]
     logits = by_hand(learn, files)
@@ -138,14 +141,14 @@ def test_any_loader_in_order_whole_and_not_augmented(shapes, in_memory, ds_idx, 
 def test_a_loader_of_ones_own(learn, shapes):
     files = sorted((shapes/'test').rglob('*.png'))[3:30:4]
     interp = CamInterpretation.from_learner(learn, dl=learn.dls.test_dl(files, with_labels=True, shuffle=True))
-    assert interp._files(range(len(files))) == files and [SHAPES[t] for t in interp.targs] == [f.parent.name for f in files]
+    assert interp.files(range(len(files))) == files and [SHAPES[t] for t in interp.targs] == [f.parent.name for f in files]
     assert torch.allclose(interp.probs, by_hand(learn, files).softmax(1), atol=1e-5)
     with pytest.raises(InputError, match='no labels'): CamInterpretation.from_learner(learn, dl=learn.dls.test_dl(files))
 
 def test_losses_are_the_learners(shapes):
     learn = learner(shapes, label_smoothing=0.2)
     interp = CamInterpretation.from_learner(learn)
-    logits = by_hand(learn, interp._files(range(50)))
+    logits = by_hand(learn, interp.files(range(50)))
     assert torch.allclose(interp.losses, F.cross_entropy(logits, interp.targs, reduction='none', label_smoothing=0.2), atol=1e-4)
 
 def test_indexing_is_fastais(interp):
@@ -246,7 +249,7 @@ def test_images_and_titles(interp):
     wrong = mistaken(interp, {12: 3, 47: 0})
     fig = wrong.plot_images()
     assert titles(fig) == ['heart /\ncross', 'arrow /\ntriangle']
-    assert (np.stack(pictures(fig)) == file_pixels(interp._files([12, 47]))).all()
+    assert (np.stack(pictures(fig)) == file_pixels(interp.files([12, 47]))).all()
 
 def test_class_grid(interp):
     wrong = mistaken(interp, {3: 7, 1: 2, 26: 0}) # two arrows, the later one with the higher loss; one moon
@@ -315,7 +318,7 @@ def test_mean_cams(interp, known_maps):
     wrong = mistaken(interp, {5: 0, 6: 0, 45: 9})
     (image,cam,n),(_,none,zero),(_,blank,m) = wrong.mean_cams([('circle', 'arrow', 2), ('ring', 'arrow'), 'triangle'])
     assert n == 2 and cam[:16, :16].min() == 1 and cam[16:].max() == 0
-    assert np.allclose(image, file_pixels(interp._files([5, 6])).mean(0), atol=0.51)
+    assert np.allclose(image, file_pixels(interp.files([5, 6])).mean(0), atol=0.51)
     assert none is None and zero == 0 and blank is None and m == 0 # triangle is class 9, whose maps are blank
     fig = wrong.plot_mean_cams([('circle', 'arrow', 2), 'triangle'])
     assert titles(fig) == ['circle taken\nfor arrow', 'triangle', '2 images', 'no images']
@@ -327,7 +330,7 @@ def test_blank_maps_are_not_in_the_mean(interp, monkeypatch):
     maps[1:] = 1
     monkeypatch.setattr(right, 'cams', lambda *args: (maps, blank))
     (image,cam,n), = right.mean_cams(['arrow'])
-    assert n == 3 and np.allclose(image, file_pixels(interp._files([1, 3, 4])).mean(0), atol=0.51)
+    assert n == 3 and np.allclose(image, file_pixels(interp.files([1, 3, 4])).mean(0), atol=0.51)
 
 def test_methods_side_by_side(interp):
     fig = interp.plot_methods(7, ('gradcam', 'eigencam'), target='ring')
@@ -392,7 +395,7 @@ def test_save_maps(interp, tmp_path, shapes):
     assert np.allclose(saved['maps'], maps) and (saved['blank'] == blank).all()
     assert np.allclose(saved['rival_maps'], wrong.cams([5, 40], 'actual')[0])
     assert saved['indices'].tolist() == [5, 40] and saved['targets'].tolist() == [1, 8] and saved['predictions'].tolist() == [0, 3]
-    assert saved['files'].tolist() == [f.relative_to(shapes).as_posix() for f in interp._files([5, 40])]
+    assert saved['files'].tolist() == [f.relative_to(shapes).as_posix() for f in interp.files([5, 40])]
     assert saved['vocab'].tolist() == SHAPES and saved['maps'].dtype == np.float32
 
 def test_the_map_is_of_the_class_asked(interp):
@@ -449,7 +452,7 @@ def test_photo_that_cannot_be_read(tmp_path, learn):
         assert str(tmp_path/name) in str(e.value) and '\n' not in str(e.value)
 
 def test_explain_agrees_with_the_learner(interp, learn):
-    file = interp._files([17])[0]
+    file = interp.files([17])[0]
     fig,probs = explain_image(learn, file)
     assert list(probs.values()) == sorted(probs.values(), reverse=True) and set(probs) == set(SHAPES)
     assert np.allclose([probs[c] for c in SHAPES], interp.probs[17], atol=1e-4)
@@ -471,7 +474,7 @@ def test_explain_squeezes_the_whole_photo(learn, monkeypatch):
     assert pictures(fig)[0].shape == (100, 300, 3) == pictures(fig)[1].shape # at the photo's own resolution
 
 def test_explain_with_a_network_alone(interp, learn):
-    file = interp._files([17])[0]
+    file = interp.files([17])[0]
     norm = next(t for t in learn.dls.valid.after_batch.fs if hasattr(t, 'mean'))
     stats = norm.mean.flatten().tolist(), norm.std.flatten().tolist()
     _,alone = explain_image(learn.model, file, vocab=SHAPES, stats=stats)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from cifar_cam.cam import cam_maps
-from cifar_cam.models import MODELS, davidnet
-from cifar_cam.recipes import Recipe, run_recipe
+from cifar_cam.models import davidnet, MODELS
+from cifar_cam.recipe import Recipe
+from cifar_cam.experiment import run_recipe
 from cifar_cam.shapes import shapes_path
 from conftest import megabytes
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from cifar_cam.data import InputError
-from cifar_cam.models import MODELS, build_model, count_parameters, davidnet, layer_table, resnet18, resnet34, speednet, Whiten
+from cifar_cam.core import InputError
+from cifar_cam.models import (build_model, cifar_resnet18, cifar_resnet34, count_parameters, davidnet, layer_table,
+                              MODELS, speednet, Whiten)
 
 
-@pytest.mark.parametrize('build, n', [(resnet18, 11_173_962), (resnet34, 21_282_122), (davidnet, 6_573_130), (speednet, 1_971_352)])
+@pytest.mark.parametrize('build, n', [(cifar_resnet18, 11_173_962), (cifar_resnet34, 21_282_122), (davidnet, 6_573_130), (speednet, 1_971_352)])
 def test_parameters_are_the_published_ones(build, n): assert count_parameters(build()) == n
 
 
@@ -35,7 +36,7 @@ def test_unknown_names_list_the_known():
 
 
 def test_the_layer_table_counts_every_parameter_and_leaves_the_network_alone():
-    model = resnet18().train()
+    model = cifar_resnet18().train()
     before = {k: v.clone() for k,v in model.state_dict().items()}
     table = layer_table(model)
     assert table.parameters.sum() == count_parameters(model)

@@ -3,10 +3,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_cam.data import InputError
+from cifar_cam.core import InputError
 from cifar_cam.interpret import explain_image
 from cifar_cam.models import MODELS
-from cifar_cam.recipes import load_run, push_to_hub, run_recipe
+from cifar_cam.run import load_run
+from cifar_cam.experiment import run_recipe
+from cifar_cam.share import push_to_hub
 
 CLASSES = sorted(['blå', 'dark green', "d'or", 'gray', 'red', 'violet', 'white <b>'])
 

@@ -9,9 +9,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cifar_cam.cli import main
-from cifar_cam.data import CIFAR10, InputError, cifar_dls
+from cifar_cam.core import InputError
+from cifar_cam.images import CIFAR10
+from cifar_cam.loaders import cifar_dls
 from cifar_cam.interpret import CamInterpretation
-from cifar_cam.recipes import load_run, pretrained_run, ship_run
+from cifar_cam.run import load_run
+from cifar_cam.share import pretrained_run, ship_run
 
 FOLDER = files('cifar_cam')/'pretrained'
 

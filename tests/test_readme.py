@@ -9,7 +9,7 @@ import pytest
 
 from cifar_cam.cli import _changes, parser
 from cifar_cam.models import MODELS
-from cifar_cam.recipes import find_recipe, recipe_table
+from cifar_cam.recipe import find_recipe, recipe_table
 
 ROOT = Path(__file__).parents[1]
 

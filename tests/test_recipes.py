@@ -10,13 +10,18 @@ from fastai.vision.all import Callback, nn
 
 from cifar_cam import recipes
 from cifar_cam.cli import main
-from cifar_cam.data import CIFAR10, InputError, image_files
+from cifar_cam.core import InputError
+from cifar_cam.images import CIFAR10, image_files
 from cifar_cam.models import MODELS
 from cifar_cam.report import write_report
 from cifar_cam.shapes import shapes_path
-from cifar_cam.recipes import (RECIPES, Recipe, Run, accuracy_interval, calibration_error, change, chooses, evaluate, find_recipe, load_published, load_run,
-                               load_weights, new_run_folder, plot_curves, read_recipe, recipe_dls, recipe_learner, recipe_table, run_recipe, run_seeds, seed_summary, train_run, train_seeds)
-from cifar_cam.train import OPTIMIZERS, Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, SeedEpochs
+from cifar_cam.recipe import (change_recipe, chooses, find_recipe, load_published, read_recipe, Recipe, recipe_dls,
+                              recipe_learner, recipe_table, RECIPES)
+from cifar_cam.run import (accuracy_interval, calibration_error, evaluate_learner, load_run, load_weights,
+                           new_run_folder, Run)
+from cifar_cam.experiment import plot_curves, run_recipe, run_seeds, seed_summary, train_run, train_seeds
+from cifar_cam.optimizers import OPTIMIZERS
+from cifar_cam.learner import Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, SeedEpochs
 
 FILES = 'recipe.json env.json history.csv metrics.json weights.safetensors checkpoint.pt lrs.json'.split()
 
@@ -46,7 +51,7 @@ def no_seconds(history): return history.drop(columns=['train_seconds', 'seconds'
     ('epochs', 0), ('epochs', -3), ('bs', 1), ('bs', 10**9), ('lr', float('nan')), ('lr', 0), ('lr', -1), ('lr', float('inf')), ('lr', 'fast'),
     ('wd', float('nan')), ('factor', 1.5), ('hold_out', 0), ('pct_start', 0), ('cutout', -1), ('name', '../up'), ('name', '')])
 def test_an_impossible_value_is_one_line_that_names_it(field, value):
-    with pytest.raises(InputError, match=field) as e: change(RECIPES['davidnet'], **{field: value})
+    with pytest.raises(InputError, match=field) as e: change_recipe(RECIPES['davidnet'], **{field: value})
     assert '\n' not in str(e.value)
 
 
@@ -54,12 +59,12 @@ def test_an_impossible_value_is_one_line_that_names_it(field, value):
     ('keep_best=true', dict(keep_best=True)), ('keep_best=no', dict(keep_best=False)), ('wd=1e-3', dict(wd=1e-3))])
 def test_settings_from_the_shell_have_the_type_of_their_field(text, fields):
     k,v = text.split('=')
-    assert change(RECIPES['davidnet'], **{k: v}) == change(RECIPES['davidnet'], **fields)
+    assert change_recipe(RECIPES['davidnet'], **{k: v}) == change_recipe(RECIPES['davidnet'], **fields)
 
 
 @pytest.mark.parametrize('k, v', [('epochs', '2.5'), ('keep_best', 'perhaps'), ('lr', 'abc'), ('batch_size', '3')])
 def test_settings_that_cannot_be_are_refused(k, v):
-    with pytest.raises(InputError, match=k): change(RECIPES['davidnet'], **{k: v})
+    with pytest.raises(InputError, match=k): change_recipe(RECIPES['davidnet'], **{k: v})
 
 
 def test_a_recipe_from_toml_is_like_a_built_in_one(tmp_path):
@@ -229,7 +234,7 @@ def test_a_published_curve_belongs_to_its_recipe_alone(shapes, tmp_path, monkeyp
 @pytest.mark.parametrize('name, told', [('davidnet', 'published: 61.37 % at epoch 1, 69.57 % at epoch 2.'), ('resnet18-layernorm', 'published: no numbers.')])
 def test_the_published_curve_is_drawn_behind_ours(shapes, tmp_path, monkeypatch, name, told):
     monkeypatch.setattr(Run, 'data_name', 'cifar10')
-    run = run_recipe(change(RECIPES[name], arch='tiny', epochs=2, bs=32, opt='sgd', lr=.05, lr_min=.005), shapes, tmp_path)
+    run = run_recipe(change_recipe(RECIPES[name], arch='tiny', epochs=2, bs=32, opt='sgd', lr=.05, lr_min=.005), shapes, tmp_path)
     assert run.published.equals(load_published(name))
     page = (run.path/'report.html').read_text()
     assert told in page and f'published: {RECIPES[name].published:g} %' in page
@@ -241,7 +246,7 @@ def test_the_published_curve_is_drawn_behind_ours(shapes, tmp_path, monkeypatch,
 def test_the_last_row_of_the_history_is_what_is_measured_in_the_end(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr('cifar_cam.train.has_bf16', lambda device: False)
     held,whole = (run_recipe(tiny_recipe(schedule=s), shapes, tmp_path/s) for s in ('plateau', 'one-cycle'))
-    last,valid = held.history.iloc[-1],evaluate(held.learn, held.dls[1])
+    last,valid = held.history.iloc[-1],evaluate_learner(held.learn, held.dls[1])
     assert valid['images'] == 30 and last.valid_accuracy == pytest.approx(valid['accuracy'], abs=1e-6)
     assert last.test_accuracy == pytest.approx(held.metrics['accuracy'], abs=1e-6)
     assert 'test_accuracy' not in whole.history and whole.history.valid_accuracy.iloc[-1] == pytest.approx(whole.metrics['accuracy'], abs=1e-6)
@@ -258,7 +263,7 @@ def test_measures_are_those_of_the_averaged_logits():
         plain,flip = net(x),net(x.flip(-1))
         y = (2*plain + 2*flip + sum(net(p[..., d:d+8, d:d+8]) for p in padded for d in (0, 2))).argmax(1)   # so the average of all views is always right
     batches = Loader([(x[:250], y[:250]), (x[250:], y[250:])])
-    m = evaluate(SimpleNamespace(model=net, dls=SimpleNamespace(vocab=list('abcd'))), batches, 'flip-translate')
+    m = evaluate_learner(SimpleNamespace(model=net, dls=SimpleNamespace(vocab=list('abcd'))), batches, 'flip-translate')
     right = lambda logits: (logits.argmax(1) == y).double().mean().item()
     assert m['accuracy_tta'] == 1 > m['accuracy_flip_tta'] == right(plain + flip) > m['accuracy'] == right(plain)
     assert m['loss'] == pytest.approx(F.cross_entropy(plain, y).item(), rel=1e-5) and m['images'] == 400
@@ -271,12 +276,12 @@ def test_only_the_further_views_are_computed_in_bfloat16(shapes, tmp_path):
     learn,seen = recipe_learner(r, recipe_dls(r, shapes), bf16=True),[]
     with learn.no_bar(), learn.no_logging(): learn.fit(2, .05)   # logits of random weights nearly tie
     learn.model[0].register_forward_hook(lambda m, i, o: seen.append((o.dtype, m.weight.is_contiguous(memory_format=torch.channels_last))))
-    fast = evaluate(learn, learn.dls.valid, r.tta)
+    fast = evaluate_learner(learn, learn.dls.valid, r.tta)
     n = len(learn.dls.valid)
     assert seen == [(torch.float32, False)]*n + [(torch.bfloat16, True)]*5*n
     assert learn.model[0].weight.is_contiguous()
     learn.remove_cb(learn.bf16)
-    exact = evaluate(learn, learn.dls.valid, r.tta)
+    exact = evaluate_learner(learn, learn.dls.valid, r.tta)
     assert {k: v for k,v in exact.items() if not k.endswith('tta')} == {k: v for k,v in fast.items() if not k.endswith('tta')}
     assert abs(exact['accuracy_tta'] - fast['accuracy_tta']) <= .02
 
@@ -299,7 +304,7 @@ def test_the_best_epoch_is_kept(shapes, tmp_path, monkeypatch):
 def test_a_speed_run_goes_on_to_the_same_numbers(shapes, tmp_path, monkeypatch, last):
     for f in 'cifar_cam.recipes.draw_run', 'cifar_cam.report.write_report': monkeypatch.setattr(f, lambda run: None)
     class Dead(BaseException): pass
-    r,save = change(RECIPES['speedrun'], epochs=4, bs=60, lr=.05, resize='16,16,32,32'),Checkpoint.after_epoch
+    r,save = change_recipe(RECIPES['speedrun'], epochs=4, bs=60, lr=.05, resize='16,16,32,32'),Checkpoint.after_epoch
     whole = run_recipe(r, shapes, tmp_path/'whole')
     def die(self):
         save(self)

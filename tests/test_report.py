@@ -10,11 +10,14 @@ from fastai.vision.all import nn
 from PIL import Image
 
 from cifar_cam.cam import scale_maps
-from cifar_cam.data import InputError
-from cifar_cam.interpret import overlay
+from cifar_cam.core import InputError
+from cifar_cam.panels import overlay
 from cifar_cam.models import MODELS
-from cifar_cam.recipes import Recipe, calibration_error, change, evaluate, find_recipe, load_run, load_weights, run_recipe, save_weights
-from cifar_cam.report import class_table, compare_runs, paired_difference, pick_images, reliability, run_command, write_report
+from cifar_cam.recipe import change_recipe, find_recipe, Recipe
+from cifar_cam.run import calibration_error, evaluate_learner, load_run, load_weights, save_weights
+from cifar_cam.experiment import run_recipe
+from cifar_cam.report import (class_table, compare_runs, paired_difference, pick_images, reliability, run_command,
+                              write_report)
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 EVIL = ['<img src=x onerror=alert(1)>', '"\'onmouseover=alert(1)', '{{7*7}}&amp;', 'plain']
@@ -63,7 +66,7 @@ def runs(tmp_path_factory, tiny_arch):
     load_weights(b.learn.model, a.path/'weights.safetensors')
     with torch.no_grad(): b.learn.model[-1].bias[0] += 3
     save_weights(b.learn.model, b.path/'weights.safetensors')
-    (b.path/'metrics.json').write_text(json.dumps(dict(b.metrics, **evaluate(b.learn, b.dls[-1]))))
+    (b.path/'metrics.json').write_text(json.dumps(dict(b.metrics, **evaluate_learner(b.learn, b.dls[-1]))))
     b = load_run(b.path)
     return dict(a=a, b=b, report=write_report(a, images=70), compared=compare_runs([a, b]))
 
@@ -158,7 +161,7 @@ def test_picked_images_are_the_worst_and_mistakes_of_every_kind(runs):
 def test_the_command_makes_the_same_recipe_again(runs, tmp_path):
     import shlex
     from cifar_cam.cli import _changes, parser
-    mine = change(find_recipe('resnet18-plateau'), epochs=3, lr=.025, keep_best=False, norm='group')
+    mine = change_recipe(find_recipe('resnet18-plateau'), epochs=3, lr=.025, keep_best=False, norm='group')
     run = load_run(runs['a'].path)
     run.recipe,run.env = mine,dict(run.env, data="/a folder/it's", seed=7, published_protocol=True)
     command,toml = run_command(run)
@@ -168,7 +171,7 @@ def test_the_command_makes_the_same_recipe_again(runs, tmp_path):
     run.env = dict(run.env, processes=2)
     assert run_command(run)[0].startswith('torchrun --standalone --nproc-per-node 2 -m cifar_cam train resnet18-plateau ')
     run.env = dict(run.env, processes=1)
-    run.recipe = change(mine, name='my-own', published=None)
+    run.recipe = change_recipe(mine, name='my-own', published=None)
     command,toml = run_command(run)
     (tmp_path/'my-own.toml').write_text(toml)
     assert find_recipe(str(tmp_path/shlex.split(command)[2])) == run.recipe
@@ -514,7 +517,7 @@ def test_a_run_that_diverged_has_a_report(runs, visit, tmp_path):
     for p in run.learn.model.parameters(): p.data.fill_(float('nan'))
     save_weights(run.learn.model, run.path/'weights.safetensors')
     run.history.assign(valid_loss=float('nan')).to_csv(run.path/'history.csv', index=False)
-    (run.path/'metrics.json').write_text(json.dumps(dict(run.metrics, **evaluate(run.learn, run.dls[-1]))))
+    (run.path/'metrics.json').write_text(json.dumps(dict(run.metrics, **evaluate_learner(run.learn, run.dls[-1]))))
     page = visit(write_report(run.path))
     assert 'nan' not in page.inner_html('#curves svg >> nth=0') and 'nan' not in page.inner_html('#classes svg >> nth=0') and len(tiles(page)) == 60
 

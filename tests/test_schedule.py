@@ -3,9 +3,11 @@ import pytest
 import torch
 from fastai.vision.all import SGD, Learner, nn, partial
 
-from cifar_cam.data import InputError, cifar_dls
-from cifar_cam.schedule import Plateau, find_lrs, lr_max, lr_min, plot_triangle, triangle
-from cifar_cam.train import OPTIMIZERS, cifar_learner, opt_func
+from cifar_cam.core import InputError
+from cifar_cam.loaders import cifar_dls
+from cifar_cam.schedule import find_lrs, Plateau, plot_triangle, suggest_lr_max, suggest_lr_min, triangle
+from cifar_cam.optimizers import opt_func, OPTIMIZERS
+from cifar_cam.learner import cifar_learner
 
 
 def tiny_learner(data, opt_func=partial(SGD, mom=.9), **kwargs):

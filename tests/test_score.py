@@ -13,12 +13,15 @@ from scipy.stats import bootstrap, spearmanr
 from torch import nn
 
 from cifar_cam import score as S
-from cifar_cam.data import InputError, cifar_dls
+from cifar_cam.core import InputError
+from cifar_cam.loaders import cifar_dls
 from cifar_cam.interpret import CamInterpretation
-from cifar_cam.models import davidnet, resnet18
-from cifar_cam.score import (Scorecard, bootstrap_interval, cascade, cell_shares, deletion_insertion, energy_inside, grid_maps, grid_pg, impute, montage,
-                             pick_montages, pointing_game, positive_maps, randomised, rank_correlation, removal_order, road, score_cams, score_run)
-from cifar_cam.train import cifar_learner
+from cifar_cam.models import cifar_resnet18, davidnet
+from cifar_cam.measures import (bootstrap_interval, cascade, cell_shares, deletion_insertion, energy_inside,
+                                grid_maps, grid_pg, impute_pixels, montage, pick_montages, pointing_game,
+                                positive_maps, randomised, rank_correlation, removal_order, road)
+from cifar_cam.scorecard import score_cams, score_run, Scorecard
+from cifar_cam.learner import cifar_learner
 
 
 def block(i, o, stride): return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())
@@ -171,7 +174,7 @@ def some_masks():
 
 def test_imputation_is_the_librarys_on_the_same_noise(xb, monkeypatch):
     keep,eps = some_masks(),torch.randn(5, 3, 32, 32)
-    ours = impute(xb, keep, 0.01*eps)
+    ours = impute_pixels(xb, keep, 0.01*eps)
     for i in range(4): # the library's solver cannot fill nothing
         monkeypatch.setattr(torch, 'randn_like', lambda t, i=i: eps[i][:, ~keep[i]])
         theirs = library.NoisyLinearImputer(noise=0.01)(xb[i], keep[i].float())
@@ -181,21 +184,21 @@ def test_imputation_is_the_librarys_on_the_same_noise(xb, monkeypatch):
 
 def test_a_batch_is_filled_as_its_images_are(xb):
     keep = some_masks()
-    torch.testing.assert_close(impute(xb, keep), torch.cat([impute(xb[i:i+1], keep[i:i+1]) for i in range(5)]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(impute_pixels(xb, keep), torch.cat([impute_pixels(xb[i:i+1], keep[i:i+1]) for i in range(5)]), atol=1e-6, rtol=0)
 
 def test_many_images_are_filled_in_parts(xb):
     x,keep = xb[:1].expand(300, -1, -1, -1),some_masks()[:1].expand(300, -1, -1)
-    out = impute(x, keep, x)
+    out = impute_pixels(x, keep, x)
     assert out.shape == x.shape and torch.allclose(out, out[:1].expand_as(x), atol=1e-6)
 
 def test_an_image_without_any_pixel_left_is_an_error(xb):
     keep = some_masks(); keep[2] = False
-    with pytest.raises(InputError, match='at least one'): impute(xb, keep)
+    with pytest.raises(InputError, match='at least one'): impute_pixels(xb, keep)
 
 def test_images_need_not_be_square_nor_coloured():
     x,keep = torch.randn(2, 1, 12, 20),torch.rand(2, 12, 20) < 0.5
     theirs = torch.stack([library.NoisyLinearImputer(noise=0)(a, k.float()) for a,k in zip(x, keep)])
-    torch.testing.assert_close(impute(x, keep), theirs, atol=2e-6, rtol=0)
+    torch.testing.assert_close(impute_pixels(x, keep), theirs, atol=2e-6, rtol=0)
 
 def test_road_is_the_librarys_on_maps_without_ties(xb, monkeypatch):
     model = tiny()
@@ -241,7 +244,7 @@ def test_imputation_agrees_with_quantus():
     from quantus.functions.perturb_func import noisy_linear_imputation
     x,keep = np.random.default_rng(0).normal(size=(3, 16, 16)),np.random.default_rng(1).random((16, 16)) < 0.5
     theirs = noisy_linear_imputation(arr=x, indices=np.flatnonzero(~keep), noise=0.)
-    np.testing.assert_allclose(impute(torch.tensor(x)[None], torch.tensor(keep)[None])[0], theirs, atol=1e-9)
+    np.testing.assert_allclose(impute_pixels(torch.tensor(x)[None], torch.tensor(keep)[None])[0], theirs, atol=1e-9)
 
 
 # Deletion and insertion
@@ -310,7 +313,7 @@ def test_normalisations_are_reset_with_the_layer_before_them(xb):
     assert name == 's3.0' and (net.s3[1].weight == 1).all() and (net.s3[1].running_mean == 0).all() and not (net.s2[1].weight == 1).all()
 
 def test_every_layer_of_a_resnet_is_reached(xb):
-    assert len(list(randomised(resnet18(), xb))) == 21
+    assert len(list(randomised(cifar_resnet18(), xb))) == 21
 
 def test_parameters_without_an_initialiser_are_shuffled():
     class Gain(nn.Module):

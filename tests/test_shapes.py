@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import cifar_cam.shapes as module
-from cifar_cam.shapes import BACKGROUNDS, OUTLINES, SHAPES, draw_shape, load_mask, mask_path, shapes_path
+from cifar_cam.shapes import BACKGROUNDS, draw_shape, load_mask, mask_path, OUTLINES, SHAPES, shapes_path
 
 SEEDS = range(25)
 

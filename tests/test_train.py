@@ -8,10 +8,14 @@ import torch
 from fastai.vision.all import Callback, CrossEntropyLossFlat, GradientAccumulation, Recorder, accuracy, nn
 
 from cifar_cam.augment import cifar_augment
-from cifar_cam.data import InputError, cifar_dls
-from cifar_cam.schedule import Plateau, find_lrs
-from cifar_cam.train import (OPTIMIZERS, Bf16, Checkpoint, DeviceSmoothLoss, L1Penalty, SeedEpochs, StopOnNaN, UpdateRatio, cifar_learner, has_bf16, keep_memory,
-                             plot_update_ratios, save_atomically, Muon, orthogonalize, ProgressiveResize, FreezeWhitening)
+from cifar_cam.core import InputError
+from cifar_cam.loaders import cifar_dls
+from cifar_cam.schedule import find_lrs, Plateau
+from cifar_cam.core import save_atomically
+from cifar_cam.optimizers import Muon, newton_schulz, OPTIMIZERS
+from cifar_cam.precision import Bf16, has_bf16, keep_memory
+from cifar_cam.learner import (Checkpoint, cifar_learner, DeviceSmoothLoss, FreezeWhitening, L1Penalty,
+                               plot_update_ratios, ProgressiveResize, SeedEpochs, StopOnNaN, UpdateRatio)
 from conftest import megabytes
 
 
@@ -347,8 +351,8 @@ def test_orthogonalize_is_torchs_newton_schulz(shape):
     reference = pytest.importorskip('torch.optim._muon', reason='PyTorch has Muon from 2.9 on')._zeropower_via_newtonschulz
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for steps in 3, 5:
-        torch.testing.assert_close(orthogonalize(g, steps).float(), reference(g, (3.4445, -4.7750, 2.0315), steps, 1e-7).float(), atol=.05, rtol=0)   # bfloat16
-    u,s,v = torch.linalg.svd(orthogonalize(g, 5).float())
+        torch.testing.assert_close(newton_schulz(g, steps).float(), reference(g, (3.4445, -4.7750, 2.0315), steps, 1e-7).float(), atol=.05, rtol=0)   # bfloat16
+    u,s,v = torch.linalg.svd(newton_schulz(g, 5).float())
     assert s.min() > .6 and s.max() < 1.3
 
 

@@ -11,7 +11,7 @@ from pytorch_grad_cam.metrics.road import NoisyLinearImputer, ROADCombined
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 
 from cifar_cam.models import MODELS
-from cifar_cam.score import impute, removal_order, road
+from cifar_cam.measures import impute_pixels, removal_order, road
 from turns import keep, machine, options, ratio, take_turns
 
 
@@ -28,7 +28,7 @@ def measure(arch='davidnet', images=16, size=32, rounds=5):
     model,x,maps = MODELS[arch]().eval(),torch.randn(images, 3, size, size),torch.rand(images, size, size)
     y,masks,fill = torch.arange(images)%10,list(keeps(maps, size)),NoisyLinearImputer(noise=0)
     targets = [ClassifierOutputSoftmaxTarget(int(t)) for t in y]
-    runs = {('imputation', 'cifar_cam'): lambda: torch.stack([impute(x, k) for k in masks]),
+    runs = {('imputation', 'cifar_cam'): lambda: torch.stack([impute_pixels(x, k) for k in masks]),
             ('imputation', 'pytorch-grad-cam'): lambda: torch.stack([torch.stack([fill(a, k) for a,k in zip(x, ks.float())]) for ks in masks]),
             ('ROAD', 'cifar_cam'): lambda: road(model, x, y, maps),
             ('ROAD', 'pytorch-grad-cam'): lambda: torch.from_numpy(ROADCombined()(x, maps.numpy(), targets, model))}

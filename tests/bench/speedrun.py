@@ -10,7 +10,7 @@ from statistics import mean
 
 import torch
 
-from cifar_cam.all import cached_images, data_path, evaluate, image_files, recipe_learner, run_seeds
+from cifar_cam.all import cached_images, data_path, evaluate_learner, image_files, recipe_learner, run_seeds
 from turns import BEST, keep, machine, options, seconds, seeds_in
 
 
@@ -63,7 +63,7 @@ def ours(folder, device):
     rows = []
     for run in seeds_in(folder)[1]:
         learn,dl = run.learn,run.dls[-1]
-        evaluation = seconds(lambda: evaluate(learn, dl, run.recipe.tta), device)
+        evaluation = seconds(lambda: evaluate_learner(learn, dl, run.recipe.tta), device)
         whitening = seconds(lambda: recipe_learner(run.recipe, run.dls, run.env['seed']), device)
         rows.append((run.metrics['accuracy_tta'], run.history.train_seconds.sum() + evaluation + whitening))
     return rows

@@ -10,7 +10,7 @@ import torch
 from fastai.vision.all import Callback, CancelTrainException, CancelValidException, CrossEntropyLossFlat, Learner, OptimWrapper, accuracy, partial
 from torch.nn import functional as F
 
-from cifar_cam.all import OPTIMIZERS, build_model, change, data_path, find_recipe, has_bf16, keep_memory, recipe_dls, recipe_learner
+from cifar_cam.all import OPTIMIZERS, build_model, change_recipe, data_path, find_recipe, has_bf16, keep_memory, recipe_dls, recipe_learner
 from loader_cost import stock_dls
 from turns import keep, machine, options, ratio, take_turns
 
@@ -25,7 +25,7 @@ class Few(Callback):
 
 
 def in_learner(name, dls, steps, bf16):
-    r = change(find_recipe(name), lr=.05, lr_min=.01, resize='', epochs=1)
+    r = change_recipe(find_recipe(name), lr=.05, lr_min=.01, resize='', epochs=1)
     learn = recipe_learner(r, dls, bf16=bf16)
     def run():
         with learn.no_logging(): learn.fit(1, .01, cbs=Few(steps))
@@ -61,7 +61,7 @@ def measure(data='cifar10', archs=('davidnet', 'speedrun'), steps=4, rounds=5, d
     rows,ratios,path,bf16 = [],{},data_path(data),has_bf16(device)
     for name in archs:
         r = find_recipe(name)
-        dls = recipe_dls(change(r, lr=.05, lr_min=.01), path, device=torch.device(device))
+        dls = recipe_dls(change_recipe(r, lr=.05, lr_min=.01), path, device=torch.device(device))
         runs = {'Learner': in_learner(name, dls, steps, bf16), 'plain loop': keep_memory()(plain := plainly(name, dls, steps, bf16)), 'plain loop, memory given back': plain}
         if name == 'davidnet': runs['stock fastai, float32'] = stock(name, path, r.bs, steps, device)
         times = take_turns(runs, rounds, device)
