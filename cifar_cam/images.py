@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEST_SHARE', 'CIFAR10', 'hold_out_test', 'image_table', 'image_files', 'image_counts', 'check_folder', 'check_cifar',
-           'folder_digest', 'data_checksum', 'cifar_path', 'data_path', 'test_note', 'ImageSource', 'hold_out_splitter',
-           'stats_of', 'image_stats', 'cifar_block']
+           'folder_digest', 'data_checksum', 'cifar_path', 'data_path', 'held_out_note', 'ImageSource',
+           'hold_out_splitter', 'stats_of', 'image_stats', 'cifar_block']
 
 # %% ../nbs/02_images.ipynb #02imp1i
 import hashlib, os
@@ -235,7 +235,7 @@ def data_path(
     if str(data)=='shapes': return shapes_path()
     return _placed(data, check_folder, labels)
 
-def test_note(
+def held_out_note(
     data:str|Path|pd.DataFrame, # see `data_path`
 ) -> str:
     "What has to be said of the test set beside an accuracy; '' where the data set has one of its own"
@@ -260,9 +260,9 @@ class ImageSource:
         self.hold_out,self.seed,self.valid_pct,self.labels = hold_out,seed,valid_pct,labels
         self.own_items,self.own_y = get_items,get_y
         self.path = self.rows = self.label = None
-        self.test_note = ''  # see `test_note`; known after the split
+        self.test_note = ''  # see `held_out_note`; known after the split
 
-    def __getstate__(self): return {**self.__dict__, 'rows': None}  # an exported learner needs no list of its images
+    def __getstate__(self): return dict(self.__dict__, rows=None, own_items=None)  # for an exported learner
 
 # %% ../nbs/02_images.ipynb #06814ed8
 @patch
