@@ -192,7 +192,7 @@ def data_checksum(
 # %% ../nbs/02_images.ipynb #e8028e2b
 _HOW_TO = 'name its folder or archive by --data or CIFAR_CAM_DATA, or take the drawn images: --data shapes'
 
-def _placed(path, check, labels='fine'):
+def _folder_or_archive(path, check, labels='fine'):
     "The folder or the table of images that `path` names, unpacked or converted where it has to be"
     path = Path(path).expanduser()
     try:
@@ -215,7 +215,7 @@ def cifar_path(
 ) -> Path:
     "The folder of CIFAR-10, checked. Raises InputError that says what is wrong and what to do"
     path = path or os.environ.get('CIFAR_CAM_DATA')
-    if path: return _placed(path, check_cifar)
+    if path: return _folder_or_archive(path, check_cifar)
     path = fastai_path('data')/'cifar10'
     if not path.exists():
         try: path = untar_data(URLs.CIFAR)
@@ -233,7 +233,7 @@ def data_path(
     if isinstance(data, pd.DataFrame): return check_folder(keep_table(data, labels))
     if str(data)=='cifar10': return cifar_path()
     if str(data)=='shapes': return shapes_path()
-    return _placed(data, check_folder, labels)
+    return _folder_or_archive(data, check_folder, labels)
 
 def held_out_note(
     data:str|Path|pd.DataFrame, # see `data_path`
