@@ -3,6 +3,10 @@ from fastai.vision.all import *
 
 from cifar_cam.core import *
 from cifar_cam.shapes import *
+from cifar_cam.photos import *
+from cifar_cam.tables import *
+from cifar_cam.batches import *
+from cifar_cam.formats import *
 from cifar_cam.images import *
 from cifar_cam.augment import *
 from cifar_cam.loaders import *

@@ -142,7 +142,7 @@ def deeper(path):
     for f in path.glob('*.png'): f.rename(path/'images'/f.name)
 
 FOLDERS = dict(
-    no_image_in_a_class=(lambda d: [f.unlink() for f in (d/'train'/'star').iterdir()], 'star'), no_train=(lambda d: shutil.rmtree(d/'train'), 'train/'), no_test=(lambda d: shutil.rmtree(d/'test'), 'test/'),
+    no_image_in_a_class=(lambda d: [f.unlink() for f in (d/'train'/'star').iterdir()], 'star'), no_train=(lambda d: shutil.rmtree(d/'train'), 'train/'),
     train_is_a_file=(lambda d: (shutil.rmtree(d/'train'), (d/'train').touch()), 'train/'), class_is_a_file=(lambda d: (shutil.rmtree(d/'test'/'star'), (d/'test'/'star').touch()), 'star'),
     one_class_more=(lambda d: shutil.copytree(d/'train'/'star', d/'train'/'stars'), 'stars'), images_too_deep=(lambda d: deeper(d/'train'/'star'), 'star'),
     no_class_at_all=(lambda d: [shutil.rmtree(c) for c in (d/'train').iterdir()], 'train/'))
