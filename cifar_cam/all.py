@@ -16,6 +16,8 @@ from cifar_cam.schedule import *
 from cifar_cam.precision import *
 from cifar_cam.parallel import *
 from cifar_cam.learner import *
+from cifar_cam.forward import *
+from cifar_cam.layers import *
 from cifar_cam.cam import *
 from cifar_cam.panels import *
 from cifar_cam.interpret import *
