@@ -14,7 +14,9 @@ from cifar_cam.parallel import *
 from cifar_cam.learner import *
 from cifar_cam.cam import *
 from cifar_cam.panels import *
+from cifar_cam.predictions import *
 from cifar_cam.interpret import *
+from cifar_cam.photo import *
 from cifar_cam.measures import *
 from cifar_cam.scorecard import *
 from cifar_cam.recipe import *

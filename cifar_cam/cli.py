@@ -21,7 +21,7 @@ from typing import Annotated
 
 from . import __version__
 from .core import InputError
-from .interpret import explain_image
+from .photo import explain_image
 from .recipe import find_recipe, pick_lrs, Recipe, recipe_dls, recipe_learner, recipe_table
 from .run import folder_for, load_run
 from .experiment import run_recipe, run_seeds, train_run, train_seeds

@@ -27,7 +27,7 @@ from .models import build_model, count_parameters, MODELS, NORMS
 from .optimizers import OPTIMIZERS
 from .schedule import find_lrs, Plateau
 from .learner import cifar_learner, FreezeWhitening, L1Penalty, ProgressiveResize
-from .interpret import files
+from importlib.resources import files
 
 # %% ../nbs/18_recipe.ipynb #d8b77d02
 SCHEDULES = 'one-cycle', 'triangle', 'linear', 'cosine', 'flat-cosine', 'plateau', 'constant'

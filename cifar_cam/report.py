@@ -25,7 +25,8 @@ from scipy.stats import binomtest
 from . import __version__
 from .core import InputError, save_atomically
 from .models import count_parameters
-from .interpret import CamInterpretation, take_turns
+from .interpret import CamInterpretation
+from .predictions import take_turns
 from .scorecard import METRICS
 from .recipe import chooses, RECIPES
 from .run import accuracy_interval, load_run, Run

@@ -7,13 +7,14 @@ __all__ = ['SHARED', 'model_card', 'push_to_hub', 'ship_run', 'pretrained_run']
 
 # %% ../nbs/22_share.ipynb #22imp1s
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 from fastai.vision.all import DataLoaders, patch
 
 from .core import InputError, save_atomically, sha256, write_json
 from .learner import cifar_learner
-from .interpret import CamInterpretation, files
+from .interpret import CamInterpretation
 from .recipe import recipe_learner
 from .run import evaluate_learner, image_format, load_run, load_weights, Run, save_weights
 
