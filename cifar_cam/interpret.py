@@ -195,7 +195,7 @@ def plot_cams(self:CamInterpretation,
     (a,blank_a),(b,blank_b) = (self.cams(idxs, **options | dict(target=t)) for t in (classes, rivals))
     images,limit,rows = self.images(idxs),np.abs(a - b).max().clip(.01),ceil(len(idxs)/2)
     heads = ['image', f'for {_whose(target)}', self._rival_head(idxs), 'difference']
-    p = Panels(rows, 8 if len(idxs) > 1 else 4, 1, _head(which, 'where what spoke for each class lies'), True, 1.2, plain, figsize, dpi,
+    p = Panels(rows, 8 if len(idxs) > 1 else 4, 1, _head(which, 'where the network looked for each class'), True, 1.2, plain, figsize, dpi,
                heads, 4, _aspect(images))
     panels = p.axs.reshape(-1, 4)
     for axs,image,m,blank,o,other in zip(panels, images, a, blank_a, b, blank_b):
@@ -231,13 +231,14 @@ def _class_grid(self:CamInterpretation, which, groups, classes, maps, plain, fig
     idxs = [i for row in grid for i in row if i is not None]
     if not idxs: return message_figure(self._none(which), figsize, dpi)
     images,names = self.images(idxs),self._names
-    head = '; '.join(filter(None, ('a column for each actual class, over the images the prediction', about)))
+    over = 'the wrong prediction' if any(map(self._wrong, idxs)) else "the prediction's probability"
+    head = '; '.join(filter(None, (f'a column for each actual class, over the images {over}', about)))
     p = Panels(groups, len(chosen), 1, _head(which, head), bool(maps), .95, plain, figsize, dpi, [names[c] for c in chosen], aspect=_aspect(images))
     panels = [ax for row,axs in zip(grid, p.axs) for i,ax in zip(row, axs) if i is not None]
     for ax,*drawn in zip(panels, images, *(maps(idxs) if maps else ())): (draw_cam if maps else draw_image)(ax, *drawn, **drawing)
     for ax in p.axs.flat:
         if not ax.images: draw_image(ax, np.broadcast_to(_empty, (*images.shape[1:3], 3)))
-    p.titles(panels, [[self._sure(i)] for i in idxs])
+    p.titles(panels, [[self._sure(i) if self._wrong(i) else (short_number(float(self.probs[i].max())), 'actual')] for i in idxs])
     if maps: _heat_bar(p, f'CAM of {whose}', drawing)
     return p.fig
 

@@ -257,7 +257,7 @@ def _heads(self:Panels, head):
     self.bar_at = _PAD
     (head,),size = fit_text([head], self.size[0] - 2*_PAD, 9.5, 7)
     if head: self._write(_PAD, .19, head, size, color='0.25')
-    names,size = fit_text(self.columns, self.cell, weight='bold')
+    names,size = fit_text(self.columns, .95*self.cell, weight='bold')
     for ax,name in zip(self.axs[0], names*self.axs.shape[1]):
         self._write(ax.get_position().x0*self.size[0], self.above - .02, name, size, weight='bold')
 

@@ -40,8 +40,7 @@ def _activation(loss_func):
 def _yes_or_no(p, said, n):
     "The probabilities and decisions of one output as those of two classes"
     if n != 2: raise InputError(f'one output for {n} classes: a network of one output tells two classes apart')
-    yes = said.flatten() if said.dtype==torch.bool else p > .5
-    return torch.stack([1 - p, p], 1),yes.long()
+    return torch.stack([1 - p, p], 1),(said.flatten() if said.dtype==torch.bool else p > .5).long()
 
 # %% ../nbs/13b_predictions.ipynb #13bact2
 def class_probs(
@@ -58,7 +57,7 @@ def class_probs(
         raise InputError(f'{shape} outputs for {n} classes: train a network of {n} outputs, or pass the vocab that this one knows')
     probs = act(out.float().view(len(out), -1))
     said = getattr(loss_func, 'decodes', noop)(probs)
-    if one and n==2 and (probs==1).all() and not (out==0).all(): # a softmax of one number
+    if one and n==2 and (probs==1).all() and not (out > 16).all(): # a softmax of one number
         raise InputError('one output under a softmax is always 1: train with BCEWithLogitsLossFlat, or two outputs')
     if one: return _yes_or_no(probs.flatten(), said, n)
     return probs,said.long() if said.shape==(len(out),) else probs.argmax(1)
@@ -94,9 +93,8 @@ def _as_valid(dl):
 
 # %% ../nbs/13b_predictions.ipynb #13brun1
 def _takes_reduction(loss_func):
-    if hasattr(loss_func, 'reduction'): return True
-    params = signature(loss_func).parameters
-    return 'reduction' in params or any(p.kind==Parameter.VAR_KEYWORD for p in params.values())
+    params = {} if hasattr(loss_func, 'reduction') else signature(loss_func).parameters
+    return not params or 'reduction' in params or any(p.kind==Parameter.VAR_KEYWORD for p in params.values())
 
 def _run(learn, dl):
     "Outputs, targets and losses of all images. A loss that cannot be left unreduced is asked image by image"
@@ -155,8 +153,7 @@ def class_index(
     "The place of a class. Raises InputError for an unknown one that lists the classes, of many the nearest"
     names,name = [str(c) for c in vocab],str(name)
     if name in names: return names.index(name)
-    near = names if len(names) <= 20 else get_close_matches(name, names, 5, 0) or names[:5]
-    few = '' if len(names) <= 20 else f'; these are the nearest of {len(names):,}'
+    near,few = (names, '') if len(names) <= 20 else (get_close_matches(name, names, 5, 0), f'; these are the nearest of {len(names):,}')
     raise InputError(f"unknown class {name!r}: choose {also}one of {', '.join(near)}{few}")
 
 @patch(as_prop=True)
@@ -275,7 +272,8 @@ def plot_per_class_accuracy(self:Predictions,
     ax.plot([100*acc[c] for c in chosen], range(len(chosen)), 'o', color='#4477aa', ms=5)
     low = np.nanmin(np.append(bounds[:, 0], mean))
     ax.set(xlim=(max(0, 100*low - 2), 101), ylim=(len(chosen) - 0.5, -0.7), xlabel='accuracy in %, with 95 % intervals')
-    ax.set_title(f'{about + "; " if about else ""}all images: {100*mean:.2f} %', fontsize=9, color='0.3')
+    ax.set_title(about, fontsize=9, color='0.3', loc='left', pad=14)
+    ax.text(100*mean, -.75, f'all images {100*mean:.2f}', fontsize=8, color='0.3', ha='center', va='bottom')
     _accuracy_ticks(ax, [self._names[c] for c in chosen], [acc[c] for c in chosen])
     return fig
 
