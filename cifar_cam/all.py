@@ -20,7 +20,9 @@ from cifar_cam.forward import *
 from cifar_cam.layers import *
 from cifar_cam.cam import *
 from cifar_cam.panels import *
+from cifar_cam.predictions import *
 from cifar_cam.interpret import *
+from cifar_cam.photo import *
 from cifar_cam.measures import *
 from cifar_cam.scorecard import *
 from cifar_cam.recipe import *
