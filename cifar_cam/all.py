@@ -18,6 +18,7 @@ from cifar_cam.parallel import *
 from cifar_cam.learner import *
 from cifar_cam.forward import *
 from cifar_cam.layers import *
+from cifar_cam.targets import *
 from cifar_cam.cam import *
 from cifar_cam.panels import *
 from cifar_cam.predictions import *

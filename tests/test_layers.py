@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from cifar_cam.cam import all_cams, cam_maps
 from cifar_cam.core import InputError
 from cifar_cam.forward import LayerTrace, MapGrid, find_logits, trace_layers, untouched
-from cifar_cam.layers import cam_layer, layer_table
+from cifar_cam.models import layer_table
+from cifar_cam.layers import cam_layer
 
 tv = torchvision.models
 slow = pytest.mark.slow
