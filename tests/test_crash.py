@@ -303,7 +303,7 @@ def images_of(home, data, monkeypatch):
     "As `cached_images` has them from its file: nothing may be decoded"
     from fastai.data.external import fastai_cfg
     monkeypatch.setitem(fastai_cfg().d, 'data', str(home))
-    monkeypatch.setattr('cifar_cam.data.read_images', lambda *_: pytest.fail('decoded again'))
+    monkeypatch.setattr('cifar_cam.loaders.read_images', lambda *_: pytest.fail('decoded again'))
     return cached_images(data)
 
 

@@ -131,7 +131,7 @@ def test_half_a_write_leaves_the_old_file(tmp_path):
 
 MEMORY = """
 import json, resource, torch
-from cifar_cam.train import keep_memory
+from cifar_cam.precision import keep_memory
 
 def fresh():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
