@@ -26,7 +26,8 @@ from .loaders import cifar_dls
 from .models import build_model, count_parameters, MODELS, NORMS
 from .optimizers import OPTIMIZERS
 from .schedule import find_lrs, Plateau
-from .learner import cifar_learner, FreezeWhitening, L1Penalty, ProgressiveResize
+from .callbacks import FreezeWhitening, L1Penalty, ProgressiveResize
+from .learner import cifar_learner
 from .interpret import files
 
 # %% ../nbs/18_recipe.ipynb #d8b77d02
