@@ -228,7 +228,7 @@ def _count(state, k, default=None):
 
 # %% ../nbs/10_learner.ipynb #10bckp1c
 def _resume_at(learn, state):
-    "The epoch of the fit under way at which it goes on from the checkpoint `state`; None where the checkpoint is of an earlier fit"
+    "The epoch at which the fit under way resumes from the checkpoint `state`; None where that is of an earlier fit"
     before,epochs,total = _count(state, 'before', 0),_count(state, 'epochs'),_count(state, 'of', 0)
     if before==learn.again and total==learn.n_epoch: learn.epochs_before = before  # this fit was cut off
     done = learn.epochs_before
@@ -239,7 +239,7 @@ def _resume_at(learn, state):
 
 # %% ../nbs/10_learner.ipynb #c0a9ae2f
 class Checkpoint(Callback):
-    "Write `path` after each epoch of a `CifarLearner`, and resume a fit that was cut off. Raises InputError for a file of another training"
+    "Write `path` after each epoch, and resume a fit that was cut off. Raises InputError for a file of another training"
     order,on = 70,False
     def __init__(self,
         path:str|Path, # the checkpoint file
@@ -256,7 +256,8 @@ class Checkpoint(Callback):
     def before_fit(self):
         if hasattr(self.learn, 'gather_preds'): return
         if not isinstance(self.learn, CifarLearner): raise InputError('Checkpoint needs the learner of `cifar_learner`')
-        self.on = self.first_epoch is not None and not hasattr(self.learn, 'lr_finder')  # neither `validate` nor the finder's steps
+        # neither `validate` nor the finder's steps
+        self.on = self.first_epoch is not None and not hasattr(self.learn, 'lr_finder')
         if not self.on: return
         state = from_first(self._read)
         if state is None: return
@@ -304,12 +305,14 @@ def _loss_and_metrics(dls, label_smoothing):
     theirs = getattr(dls.train_ds, 'loss_func', None)
     if theirs is None or type(theirs) is CrossEntropyLossFlat:
         return dict(loss_func=CrossEntropy(label_smoothing=label_smoothing), metrics=Accuracy())
-    if label_smoothing: raise InputError(f'label_smoothing={label_smoothing}: choose 0 for labels that are not one class an image')
+    if label_smoothing:
+        raise InputError(f'label_smoothing={label_smoothing}: choose 0 for labels that are not one class an image')
     return dict(loss_func=theirs, metrics=accuracy_multi if isinstance(theirs, BCEWithLogitsLossFlat) else None)
 
 def _outputs(dls):
     n = get_c(dls) or len(getattr(dls, 'vocab', ()))
-    if not n: raise InputError('the loaders do not say how many classes there are: set dls.c, or give a network instead of its name')
+    if not n:
+        raise InputError('the loaders do not say how many classes there are: set dls.c, or give a network for its name')
     return n
 
 # %% ../nbs/10_learner.ipynb #870b442b
@@ -326,7 +329,7 @@ def cifar_learner(
     path:str|Path='.', # where `models/` is made by `save` and `lr_find`
     **kwargs, # more for `Learner`
 ) -> CifarLearner:
-    "A `Learner` that trains `arch` on `dls` and measures accuracy on training and validation images. Raises InputError for a wrong seed"
+    "A `Learner` that trains `arch` on `dls`, with accuracy on training and validation images. Raises InputError for a wrong seed"
     if isinstance(seed, np.integer): seed = int(seed)
     check_seed(seed)
     model = arch
@@ -339,4 +342,5 @@ def cifar_learner(
     basic = [TrainEvalCallback(), CastToTensor(), LightRecorder(), LightProgress()]
     ours = [SeedEpochs(seed), CheckOutputs(), StopOnNaN(), *[Bf16()]*bf16]
     usual = dict(opt_func=opt_func(opt), **_loss_and_metrics(dls, label_smoothing))
-    return CifarLearner(dls, model, wd=wd, path=path, cbs=[*basic, *ours, *L(cbs)], default_cbs=False, **{**usual, **kwargs})
+    return CifarLearner(dls, model, wd=wd, path=path, cbs=[*basic, *ours, *L(cbs)], default_cbs=False,
+                        **{**usual, **kwargs})
