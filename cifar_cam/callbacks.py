@@ -107,7 +107,7 @@ def mix_callbacks(
 
 # %% ../nbs/09b_callbacks.ipynb #09bema1c
 class WeightAverage(Callback):
-    "Validate and end with an exponential moving average of the weights. Raises InputError for a decay not between 0 and 1"
+    "Validate and end with an exponential moving average of the weights. Raises InputError for a wrong decay"
     order = 60
     def __init__(self,
         decay:float=.999, # share of the average that a step keeps: .999 looks back about 1,000 steps

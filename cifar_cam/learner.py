@@ -85,10 +85,9 @@ def _augments(dl): return getattr(dl, 'split_idx', 1)==0  # a worker process dra
 # %% ../nbs/10_learner.ipynb #10bwho1c
 @contextmanager
 def _whole_after(learn):
-    "`learn` can train again, whatever ended the training inside. Raises InputError for a batch too large for the GPU"
-    loss_func,full = learn.loss_func,False
+    "`learn` can train again, whatever ended the training inside"
+    loss_func = learn.loss_func
     try: yield
-    except torch.OutOfMemoryError: full = True  # an error raised here would keep this one, and all tensors of its step
     finally:
         learn.first_epoch = None
         learn.loss_func = loss_func  # MixUp has one of its own while it trains
@@ -98,7 +97,9 @@ def _whole_after(learn):
         for cb in learn.cbs:
             cb.run = True
             if hasattr(type(cb), '_unwrap'): cb._unwrap()  # half precision
-    if not full: return
+
+def _refuse_batch(learn):
+    "Raises InputError for a batch too large for the GPU, and keeps nothing of it"
     learn._end_cleanup()
     learn.loss_grad = None
     for p in learn.model.parameters(): p.grad = None
@@ -108,7 +109,7 @@ def _whole_after(learn):
 
 # %% ../nbs/10_learner.ipynb #ece78d25
 class CifarLearner(Learner):
-    "A fastai `Learner` that asks only callbacks which wait for an event, and counts the epochs of all fits"
+    "A fastai `Learner` that counts the epochs of all fits. `fit` raises InputError for a batch too large for the GPU"
     epochs_done = 0  # of all fits, the LR finder's steps aside
     epochs_before = 0  # of those, how many were done when the present fit began
     first_epoch = None  # of the fit under way; None outside of `fit`
@@ -138,12 +139,15 @@ class CifarLearner(Learner):
 
     @wraps(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-        finder = any(isinstance(cb, LRFinder) for cb in L(cbs))
-        with keep_random(), keep_memory(), _whole_after(self):
-            self.first_epoch = 0
-            self._begin(0 if finder else start_epoch, finder)
-            super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
-            if not finder: self.unfinished = None
+        finder,full = any(isinstance(cb, LRFinder) for cb in L(cbs)),False
+        try:
+            with keep_random(), keep_memory(), _whole_after(self):
+                self.first_epoch = 0
+                self._begin(0 if finder else start_epoch, finder)
+                super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+                if not finder: self.unfinished = None
+        except torch.OutOfMemoryError: full = True  # an error raised here would keep this one, and all tensors of its step
+        if full: _refuse_batch(self)
 
     def _begin(self, start_epoch, finder):
         self.epochs_done = max(self.epochs_done, start_epoch)  # what is skipped counts as done
@@ -329,7 +333,7 @@ def cifar_learner(
     path:str|Path='.', # where `models/` is made by `save` and `lr_find`
     **kwargs, # more for `Learner`
 ) -> CifarLearner:
-    "A `Learner` that trains `arch` on `dls`, with accuracy on training and validation images. Raises InputError for a wrong seed"
+    "A `Learner` of `arch` and `dls` with accuracy in training and validation. Raises InputError for a wrong seed"
     if isinstance(seed, np.integer): seed = int(seed)
     check_seed(seed)
     model = arch

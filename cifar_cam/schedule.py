@@ -15,7 +15,7 @@ from fastai.callback.schedule import combine_scheds, ParamScheduler, SchedLin
 from fastai.callback.tracker import ReduceLROnPlateau
 from fastai.vision.all import L, Learner, patch
 
-from .core import InputError
+from .core import InputError, keep_random
 
 # %% ../nbs/07_schedule.ipynb #123f5ed6
 def triangle(
@@ -79,7 +79,7 @@ def suggest_lr_min(
     losses:torch.Tensor, # smoothed losses at these rates
     num_it:int, # fastai passes it; not used
 ) -> tuple: # (learning rate, the point to mark)
-    "For `lr_find`: the learning rate at which the smoothed loss has fallen by a tenth of its whole fall (after Smith 2015)"
+    "For `lr_find`: the learning rate at which a tenth of the smoothed loss's fall has happened (after Smith 2015)"
     return _at_fall(.1, lrs, losses)
 
 def suggest_lr_max(
@@ -87,7 +87,7 @@ def suggest_lr_max(
     losses:torch.Tensor, # smoothed losses at these rates
     num_it:int, # fastai passes it; not used
 ) -> tuple: # (learning rate, the point to mark)
-    "For `lr_find`: the learning rate at which the smoothed loss has fallen by nine tenths of its whole fall (after Smith 2015)"
+    "For `lr_find`: the learning rate at which nine tenths of the smoothed loss's fall have happened (after Smith 2015)"
     return _at_fall(.9, lrs, losses)
 
 # %% ../nbs/07_schedule.ipynb #3907e2ac
@@ -100,14 +100,16 @@ def find_lrs(
 ) -> tuple:
     "`(lr_min, lr_max)` for `fit_triangle`, by Smith's range test on the training images alone"
     before = deepcopy(learn.model.state_dict())
-    try: return tuple(learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=(suggest_lr_min, suggest_lr_max), show_plot=show_plot))
-    except BaseException:
-        learn.model.load_state_dict(before)
-        raise
+    picks = suggest_lr_min,suggest_lr_max
+    with keep_random():
+        try: return tuple(learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=picks, show_plot=show_plot))
+        except BaseException:
+            learn.model.load_state_dict(before)
+            raise
 
 # %% ../nbs/07_schedule.ipynb #3c73523d
 class Plateau(ReduceLROnPlateau):
-    "Multiply the learning rate by `factor` after `patience` epochs in which the loss on the validation images has not fallen. Raises InputError for a factor not between 0 and 1"
+    "Multiply the rate by `factor` after `patience` epochs without a lower loss. Raises InputError for a wrong factor"
     def __init__(self,
         factor:float=0.5, # what the learning rate is multiplied by, as in PyTorch
         patience:int=3, # epochs without a new best
@@ -118,4 +120,5 @@ class Plateau(ReduceLROnPlateau):
     def after_epoch(self):
         lowered = [max(h['lr']/self.factor, self.min_lr) for h in self.opt.hypers]
         super().after_epoch()
-        if not self.new_best and self.wait==0: self.opt.set_hyper('lr', lowered)  # what fastai writes into is a copy, where the optimizer is PyTorch's
+        # of PyTorch's optimizers in a plain `Learner`, fastai writes into a copy
+        if not self.new_best and self.wait==0: self.opt.set_hyper('lr', lowered)

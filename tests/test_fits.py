@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, DataBlock, EarlyStoppingCallback, get_image_files, GradientAccumulation, ImageBlock,
-                               L, Learner, MCDropoutCallback, MultiCategoryBlock, OptimWrapper, params, ReduceLROnPlateau, Resize, ToTensor, nn, partial)
+                               L, Learner, MCDropoutCallback, MultiCategoryBlock, nn, OptimWrapper, params, partial, ReduceLROnPlateau)
 from torch.nn import functional as F
 
 from cifar_cam.augment import AlternatingFlip, cifar_augment
-from cifar_cam.callbacks import CheckOutputs, L1Penalty, mix_callbacks, StopOnNaN, WeightAverage
+from cifar_cam.callbacks import L1Penalty, mix_callbacks, StopOnNaN, WeightAverage
 from cifar_cam.core import InputError
-from cifar_cam.learner import Checkpoint, cifar_learner, CifarLearner, TorchOptimizer
+from cifar_cam.learner import Checkpoint, cifar_learner, TorchOptimizer
 from cifar_cam.loaders import cifar_dls
 from cifar_cam.optimizers import OPTIMIZERS
 from cifar_cam.recorder import Accuracy, LightProgress
@@ -216,11 +216,10 @@ def test_hypers_are_the_settings_themselves():
 
 
 def test_an_optimizer_of_ones_own_is_made_writable(make):
-    mine = OptimWrapper(opt=torch.optim.SGD(net().parameters(), .1))
     model = net()
     mine = OptimWrapper(opt=torch.optim.SGD(model.parameters(), .1))
     learn = quietly(make(model, opt_func=mine, cbs=ReduceLROnPlateau(monitor='valid_loss', min_delta=100)), lambda l: l.fit(3, .01))
-    assert learn.opt is mine and mine.opt.param_groups[0]['lr'] == pytest.approx(.001)
+    assert learn.opt is mine and mine.opt.param_groups[0]['lr'] == pytest.approx(.0001)   # after the second and the third epoch
 
 
 @pytest.mark.parametrize('opt', OPTIMIZERS)
@@ -244,9 +243,9 @@ def test_groups_train_at_rates_of_their_own_and_freeze(make, opt):
 @pytest.mark.parametrize('n', [1000, 9, 11])
 def test_outputs_that_are_not_the_classes_are_refused(make, n, loss):
     learn = make(net(n), **({} if loss is None else dict(loss_func=loss)))
-    before = weights(learn)
+    before = [p.detach().clone() for p in learn.model.parameters()]
     with pytest.raises(InputError, match=f'the network has {n:,} outputs for 10 classes'): quietly(learn, lambda l: l.fit(1, .01))
-    assert same(before, weights(learn)) or n < 10
+    assert same(before, learn.model.parameters())
     with pytest.raises(InputError, match='outputs'), learn.no_bar(): learn.validate()
 
 
@@ -279,7 +278,7 @@ def test_several_labels_an_image_train_with_fastais_loss(few, make):
     block = DataBlock((ImageBlock, MultiCategoryBlock), get_y=lambda f: [f.parent.name, 'even' if len(f.name) % 2 else 'odd'])
     dls = block.dataloaders(get_image_files(few/'train'), bs=20, num_workers=0, device='cpu')
     learn = quietly(make(net(dls.c), dls=dls), lambda l: l.fit(2, .01))
-    assert isinstance(learn.loss_func, BCEWithLogitsLossFlat) and .5 < learn.recorder.row['accuracy_multi'] <= 1 if 'accuracy_multi' in learn.recorder.row else learn.recorder.row['valid_accuracy_multi'] > .5
+    assert isinstance(learn.loss_func, BCEWithLogitsLossFlat) and .5 < learn.recorder.row['valid_accuracy_multi'] <= 1
     with pytest.raises(InputError, match='label_smoothing'): make(net(dls.c), dls=dls, label_smoothing=.1)
 
 
@@ -294,7 +293,7 @@ def test_accuracy_is_silent_where_it_cannot_judge():
 
 
 def test_numbers_of_numpy_are_numbers(make):
-    a,b = (quietly(make(seed=seed), lambda l: l.fit(np.int64(1), np.float32(.01))) for seed in (np.int64(3), 3))
+    a,b = (quietly(make(seed=seed), lambda l: l.fit(np.int64(1), np.float64(.01))) for seed in (np.int64(3), 3))
     assert same(weights(a), weights(b))
 
 
@@ -327,7 +326,7 @@ def test_a_loss_that_mixup_replaced_comes_back(make):
 def test_on_a_gpu_the_first_bad_step_is_named_after_the_epoch(make):
     learn = make()
     quietly(learn, lambda l: l.fit(1, .01))
-    cb = learn.stop_on_na_n if hasattr(learn, 'stop_on_na_n') else learn._grab_cbs(StopOnNaN)[0]
+    cb = learn._grab_cbs(StopOnNaN)[0]
     nan = torch.tensor(float('nan'))
     cb.losses,cb.rates = [torch.tensor(2.), torch.tensor(float('inf')), nan],[.1, .2, .3]
     with pytest.raises(InputError, match=r'the loss is inf in epoch 0, step 1, at learning rate 0.2'): cb.after_train()
@@ -375,7 +374,8 @@ def test_a_training_ends_with_the_average_and_its_steps_know_nothing_of_it(make)
     learn = quietly(make(cbs=[WeightAverage(.9), Follow(.9)]), lambda l: l.fit(2, .05))
     torch.testing.assert_close(learn.model[5].weight.double(), plain.follow.mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(learn.follow.mean, plain.follow.mean)
-    assert learn.recorder.row['valid_loss'] == pytest.approx(learn.validate()[0], rel=1e-5) and learn.recorder.losses[-1] == plain.recorder.losses[-1]
+    assert learn.recorder.losses[-1] == plain.recorder.losses[-1]
+    assert learn.recorder.row['valid_loss'] == pytest.approx(learn.validate()[0], rel=1e-5)
     with pytest.raises(InputError, match='between 0 and 1'): WeightAverage(1)
 
 
