@@ -54,6 +54,8 @@ class TorchOptimizer(OptimWrapper):
     @property
     def hypers(self): return [_Settings(group, self.fwd_map, self.bwd_map) for group in self.opt.param_groups]
 
+    def set_hyper(self, k, v): super().set_hyper(k, v.item() if isinstance(v, np.generic) else v)  # a rate drawn by NumPy
+
 # %% ../nbs/10_learner.ipynb #10bran1c
 def _reached(state, now, draw, most=6):
     "Is `state` what a few draws lead to?"
@@ -146,7 +148,7 @@ class CifarLearner(Learner):
                 self._begin(0 if finder else start_epoch, finder)
                 super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
                 if not finder: self.unfinished = None
-        except torch.OutOfMemoryError: full = True  # an error raised here would keep this one, and all tensors of its step
+        except torch.OutOfMemoryError: full = True  # what is raised here would keep this error, and its step's tensors
         if full: _refuse_batch(self)
 
     def _begin(self, start_epoch, finder):

