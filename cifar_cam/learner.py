@@ -54,7 +54,9 @@ class TorchOptimizer(OptimWrapper):
     @property
     def hypers(self): return [_Settings(group, self.fwd_map, self.bwd_map) for group in self.opt.param_groups]
 
-    def set_hyper(self, k, v): super().set_hyper(k, v.item() if isinstance(v, np.generic) else v)  # a rate drawn by NumPy
+    def set_hyper(self, k, v):
+        if isinstance(v, np.generic): v = v.item()  # a rate drawn by NumPy
+        super().set_hyper(k, v)
 
 # %% ../nbs/10_learner.ipynb #10bran1c
 def _reached(state, now, draw, most=6):
