@@ -15,6 +15,8 @@ from cifar_cam.optimizers import *
 from cifar_cam.schedule import *
 from cifar_cam.precision import *
 from cifar_cam.parallel import *
+from cifar_cam.callbacks import *
+from cifar_cam.recorder import *
 from cifar_cam.learner import *
 from cifar_cam.forward import *
 from cifar_cam.layers import *
