@@ -8,7 +8,6 @@ __all__ = ['OPTIMIZERS', 'opt_func', 'has_bf16', 'newton_schulz', 'Muon']
 # %% ../nbs/06_optimizers.ipynb #06imp1o
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import groupby
 
 import torch
 from fastai.vision.all import OptimWrapper
@@ -119,12 +118,20 @@ def _turn(kernels, steps, lr):
     torch._foreach_reciprocal_(lengths)
     torch._foreach_mul_(lengths, [len(p)**.5 for p in kernels])
     torch._foreach_mul_(kernels, lengths)
-    pairs = sorted(zip(kernels, steps), key=lambda pair: pair[0].shape)
-    moved,by = [p for p,_ in pairs],[]
-    for shape,alike in groupby(pairs, key=lambda pair: pair[0].shape):
-        turned = newton_schulz(torch.stack([s for _,s in alike]).flatten(2))
-        by += turned.to(moved[0].dtype).reshape(-1, *shape)
-    torch._foreach_add_(moved, by, alpha=-lr)
+    turned = _orthogonal([s.flatten(1) for s in steps])
+    torch._foreach_add_(kernels, [t.view_as(p) for t,p in zip(turned, kernels)], alpha=-lr)
+
+def _orthogonal(matrices):
+    "`newton_schulz` of each, in one batch for all whose shorter side is the same: columns of zeros change nothing"
+    out,wide = [None]*len(matrices),[m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
+    for rows in {len(w): None for w in wide}:
+        alike = [i for i,w in enumerate(wide) if len(w)==rows]
+        batch = wide[0].new_zeros(len(alike), rows, max(wide[i].shape[1] for i in alike), dtype=_product_type(wide[0].device))
+        torch._foreach_copy_([b[:, :wide[i].shape[1]] for b,i in zip(batch.unbind(), alike)], [wide[i] for i in alike])
+        for i,t in zip(alike, newton_schulz(batch).to(matrices[0].dtype).unbind()):
+            t = t[:, :wide[i].shape[1]]
+            out[i] = (t if wide[i] is matrices[i] else t.mT).contiguous()
+    return out
 
 def _slide(params, steps, lr, weight_decay):
     "Shrink `params` a little, then move them along `steps`, each at its own multiple of `lr`"
