@@ -242,7 +242,7 @@ def whole_rows(
         except csv.Error: # cut off inside of quotes
             return
 
-# %% ../nbs/23_predict.ipynb #951a8ce1
+# %% ../nbs/23_predict.ipynb #288f33cb
 class GrowingTable:
     "A CSV file that appears when it is finished: until then its rows are appended to a file beside it, and can be gone on from"
     def __init__(self,
@@ -253,6 +253,7 @@ class GrowingTable:
         key = hashlib.sha256(json.dumps([columns, made_with], sort_keys=True, default=str).encode()).hexdigest()[:8]
         self.path,self.columns = Path(path),columns
         self.part = self.path.with_name(f'{self.path.name}.{key}.part')
+        self.file = None
 
     def resume(self,
         items, # what is to have a row each, in the same order as before
@@ -291,8 +292,13 @@ class GrowingTable:
         "Give the file its name"
         with writing(self.path):
             os.fsync(self.file.fileno())
-            self.file.close()
+            self.close()
             os.replace(self.part, self.path)
+
+    def close(self):
+        "Let another process, or the next cell, go on"
+        if self.file:
+            self.file.close()
 
 # %% ../nbs/23_predict.ipynb #8f3374c5
 def _lock(file, path):
@@ -378,7 +384,7 @@ def _overlay_path(folder, name):
     parts = ['up' if p=='..' else p for p in Path(name).parts if p not in (Path(name).anchor, '.')]
     return Path(folder, *parts[:-1], f'{parts[-1] if parts else "image"}.png')
 
-# %% ../nbs/23_predict.ipynb #5d242231
+# %% ../nbs/23_predict.ipynb #eba72089
 def predict_images(
     paths:str|Path|list, # see `find_images`
     run:Run|str|Path=None, # a finished run or its folder; None: the network that comes with the package
@@ -406,11 +412,13 @@ def predict_images(
         table = GrowingTable(out, _columns(top, kaggle), settings)
         if cams and not force and not table.part.exists() and Path(cams).exists() and any(Path(cams).iterdir()):
             raise InputError(f'{cams}: is not empty; name another folder, or pass --force')
-        key = (lambda o: _kaggle_id(o[0])) if kaggle else lambda o: o[0]
-        kept,left = table.resume(find_images(given, column), key)
-        _predict_all(table, left, total - kept, run, dict(bs=bs, tta=tta, kaggle=kaggle, top=top, classes=classes),
-                     cams, method, _device(device))
-        table.finish()
+        try:
+            kept,left = table.resume(find_images(given, column), lambda o: _kaggle_id(o[0]) if kaggle else o[0])
+            _predict_all(table, left, total - kept, run, dict(bs=bs, tta=tta, kaggle=kaggle, top=top, classes=classes),
+                         cams, method, _device(device))
+            table.finish()
+        finally:
+            table.close()
     return out
 
 # %% ../nbs/23_predict.ipynb #0f07dc7e
