@@ -18,7 +18,8 @@ from fastprogress import progress_bar
 
 from . import __version__
 from .core import InputError, save_atomically
-from .predict import PixelNetwork, finished_run, labelled_dls, labelled_images
+from .predict import PixelNetwork, finished_run
+from .validate import labelled_dls, labelled_images
 from .run import Run, folder_for
 
 # %% ../nbs/25_export.ipynb #3effe6e7
@@ -33,7 +34,7 @@ def check_images(
         dl = labelled_dls(labelled_images(data), run, device='cpu').valid
     return dl.memory.images[dl.rows.to(dl.memory.images.device)].cpu(), dl.targets.cpu()
 
-# %% ../nbs/25_export.ipynb #fa14cb33
+# %% ../nbs/25_export.ipynb #4cfb6672
 def export_metadata(
     run:Run, # a finished run
     input:str, # 'uint8' or 'float'
@@ -42,9 +43,11 @@ def export_metadata(
     m = run.metrics
     h,w = m['size']
     values = 'uint8, 0 to 255' if input=='uint8' else 'float32, 0 to 1'
-    return dict(classes=json.dumps(list(m['class_accuracy']), ensure_ascii=False), accuracy=str(m['accuracy']), test_images=str(m['images']),
-                input=f'images N×3×{h}×{w}, {values}, red, green, blue; normalised inside', output='logits N×classes; softmax gives probabilities',
-                recipe=run.recipe.name, data=run.data_name, mean=json.dumps(m['mean']), std=json.dumps(m['std']), cifar_cam=__version__)
+    images = f'images N×3×{h}×{w}, {values}, red, green, blue; normalised inside'
+    classes = json.dumps(list(m['class_accuracy']), ensure_ascii=False)
+    return dict(classes=classes, accuracy=str(m['accuracy']), test_images=str(m['images']), input=images,
+                output='logits N×classes; softmax gives probabilities', recipe=run.recipe.name, data=run.data_name,
+                mean=json.dumps(m['mean']), std=json.dumps(m['std']), cifar_cam=__version__)
 
 # %% ../nbs/25_export.ipynb #55b2088b
 def compare_logits(
@@ -60,13 +63,13 @@ def compare_logits(
     other = (ours.argmax(1)!=theirs.argmax(1)) & (first - second > 2*atol)
     return dict(difference=difference, other_classes=int(other.sum()), agree=difference <= atol and not other.any())
 
-# %% ../nbs/25_export.ipynb #691561cb
+# %% ../nbs/25_export.ipynb #87c7ce3c
 def exported_logits(
     path:str|Path, # an .onnx or .pt2 file
     images:torch.Tensor, # N×3×H×W, uint8; divided by 255 for a file that takes floats
     bs:int=250, # images a batch
 ) -> torch.Tensor: # N×C, float32
-    "What an exported network says about images. Raises InputError where its package is missing, or the file cannot be read"
+    "What an exported network says about images. Raises InputError for a missing package and a broken file"
     ask,takes_floats = _opened_export(Path(path))
     batches = (x.float()/255 if takes_floats else x for x in images.split(bs))
     return torch.cat([ask(x) for x in progress_bar(batches, total=-(-len(images)//bs), leave=False)])
@@ -77,7 +80,9 @@ def _opened_export(path):
     except InputError:
         raise
     except Exception as e: # each runtime has errors of its own for a broken file
-        raise InputError(f"{path}: cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}); export it again") from None
+        raise InputError(f'{path}: cannot be read ({_first_line(e)}); export it again') from None
+
+def _first_line(e): return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
 
 def _opened_onnx(path):
     ort = _need('onnxruntime')
@@ -99,13 +104,13 @@ def _need(package):
     except ImportError:
         raise InputError(f"ONNX needs the package {package}: pip install 'cifar_cam[onnx]'") from None
 
-# %% ../nbs/25_export.ipynb #73e7ef7c
+# %% ../nbs/25_export.ipynb #5bc79653
 @torch.no_grad()
 def _own_logits(run, images):
     network = PixelNetwork(run).to('cpu')
     return torch.cat([network(x) for x in images.split(200)])
 
-def _write_checked(run, write, path, data, force, what):
+def _write_checked(run, write, path, data, force):
     "Write beside `path`, ask what was written, and only then give it its name"
     if path.exists() and not force:
         raise InputError(f'{path}: is there already; name another file, or pass --force')
@@ -114,14 +119,15 @@ def _write_checked(run, write, path, data, force, what):
     images,targets = check_images(run, data)
     ours,found = _own_logits(run, images),{}
     def checked(tmp):
-        named = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix='.exporting-'))/path.name  # the suffix tells the runtime
+        # a runtime goes by the suffix
+        named = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix='.exporting-'))/path.name
         try:
             write(named)
             theirs = exported_logits(named, images)
             found.update(compare_logits(ours, theirs), images=len(images))
             if not found['agree']:
-                raise InputError(f"{path}: not written, for the {what} network differs: logits by {found['difference']:.2g}, "
-                                 f"{found['other_classes']} of {len(images)} classes")
+                raise InputError(f"{path}: not written, for the exported network differs: logits by "
+                                 f"{found['difference']:.2g}, {found['other_classes']} of {len(images)} classes")
             found['accuracy'] = (theirs.argmax(1)==targets).double().mean().item()
             named.replace(tmp)
         finally:
@@ -131,7 +137,7 @@ def _write_checked(run, write, path, data, force, what):
         save_atomically(checked, path)
     return found
 
-# %% ../nbs/25_export.ipynb #0047c800
+# %% ../nbs/25_export.ipynb #b58e295e
 def export_onnx(
     run:Run|str|Path=None, # a finished run or its folder; None: the network that comes with the package
     path:str|Path=None, # the .onnx file; None: <recipe>.onnx in the run's folder
@@ -139,21 +145,21 @@ def export_onnx(
     data:str|Path=None, # the images that it is checked on: see `check_images`
     force:bool=False, # write over a file that is there
 ) -> tuple: # (file, what the check found)
-    "Write an ONNX file for any batch size, normalisation inside. Raises InputError, and writes nothing, if it does not agree with PyTorch"
+    "Write an ONNX file for any batch size, normalisation inside. Raises InputError where it disagrees with PyTorch"
     run,path = _asked(run, path, '.onnx', input)
     onnx = _need('onnx')
     for package in 'onnxscript', 'onnxruntime':
         _need(package)
     def write(f):
-        program = torch.onnx.export(*_example(run, input), dynamo=True, dynamic_shapes={'images': {0: torch.export.Dim('batch', min=1)}},
+        program = torch.onnx.export(*_example(run, input), dynamo=True, dynamic_shapes=_any_batch(),
                                     input_names=['images'], output_names=['logits'], verbose=False)
         proto = program.model_proto
         onnx.helper.set_model_props(proto, export_metadata(run, input))
         onnx.checker.check_model(proto)
         f.write_bytes(proto.SerializeToString())
-    return path,_write_checked(run, _quietly(write), path, data, force, 'exported')
+    return path,_write_checked(run, _quietly(write), path, data, force)
 
-# %% ../nbs/25_export.ipynb #e81a7bf5
+# %% ../nbs/25_export.ipynb #15e60794
 def _asked(run, path, suffix, input):
     if input not in ('uint8', 'float'):
         raise InputError(f"input={input!r}: choose 'uint8' or 'float'")
@@ -169,6 +175,8 @@ def _example(run, input):
     x = torch.zeros(2, 3, *run.metrics['size'], dtype=torch.uint8 if input=='uint8' else torch.float32)
     return PixelNetwork(run, 255 if input=='uint8' else 1).to('cpu'), (x,)
 
+def _any_batch(): return {'images': {0: torch.export.Dim('batch', min=1)}}
+
 def _quietly(write):
     "The exporters warn about themselves, and have many errors for a network that they cannot follow"
     def wrapped(f):
@@ -179,11 +187,11 @@ def _quietly(write):
         except (InputError, OSError):
             raise
         except Exception as e:
-            why = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-            raise InputError(f'PyTorch cannot export this network ({why}); write its forward pass without branches on the input') from e
+            raise InputError(f'PyTorch cannot export this network ({_first_line(e)}); '
+                             'write its forward pass without branches on the input') from e
     return wrapped
 
-# %% ../nbs/25_export.ipynb #e6633548
+# %% ../nbs/25_export.ipynb #476e9064
 def export_torch(
     run:Run|str|Path=None, # a finished run or its folder; None: the network that comes with the package
     path:str|Path=None, # the .pt2 file; None: <recipe>.pt2 in the run's folder
@@ -191,15 +199,15 @@ def export_torch(
     data:str|Path=None, # the images that it is checked on: see `check_images`
     force:bool=False, # write over a file that is there
 ) -> tuple: # (file, what the check found)
-    "Write a program for `torch.export.load`, for any batch size, normalisation inside. Raises InputError, and writes nothing, if it does not agree"
+    "Write a program for `torch.export.load`, normalisation inside. Raises InputError where it disagrees"
     run,path = _asked(run, path, '.pt2', input)
     def write(f):
         network,example = _example(run, input)
-        program = torch.export.export(network, example, dynamic_shapes={'images': {0: torch.export.Dim('batch', min=1)}})
+        program = torch.export.export(network, example, dynamic_shapes=_any_batch())
         torch.export.save(program, f, extra_files={'metadata.json': json.dumps(export_metadata(run, input))})
-    return path,_write_checked(run, _quietly(write), path, data, force, 'exported')
+    return path,_write_checked(run, _quietly(write), path, data, force)
 
-# %% ../nbs/25_export.ipynb #340197c9
+# %% ../nbs/25_export.ipynb #a84c409a
 def export_command(
     run:str=None, # a finished run's folder; by default the network that comes with the package
     onnx:store_true=False, # an .onnx file
@@ -213,5 +221,6 @@ def export_command(
     if onnx==torch:
         raise InputError('choose one of --onnx and --torch')
     path,found = (export_onnx if onnx else export_torch)(run, Out, input, data, force)
-    print(f"agrees on {found['images']:,} images: logits within {found['difference']:.1e}, accuracy {100*found['accuracy']:.2f} %")
+    print(f"agrees on {found['images']:,} images: logits within {found['difference']:.1e}, "
+          f"accuracy {100*found['accuracy']:.2f} %")
     print(path)

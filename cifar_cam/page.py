@@ -51,7 +51,7 @@ def _part(part):
         return 'figure', fig if isinstance(fig, str) else picture_uri(fig), words
     return 'text', str(part), ''
 
-# %% ../nbs/23_page.ipynb #8cffdf60
+# %% ../nbs/23_page.ipynb #94f0cd42
 def write_page(
     path:str|Path, # the .html file that is written
     title:str, # of the page
@@ -63,7 +63,8 @@ def write_page(
     shown = [dict(title=name, lead=lead, parts=[_part(p) for p in parts]) for name,lead,*parts in sections]
     env = Environment(loader=PackageLoader('cifar_cam'), autoescape=True, undefined=StrictUndefined,
                       trim_blocks=True, lstrip_blocks=True)
-    html = env.get_template('page.html').render(title=title, summary=summary, kicker=kicker, sections=shown, version=__version__)
+    values = dict(title=title, summary=summary, kicker=kicker, sections=shown, version=__version__)
+    html = env.get_template('page.html').render(**values)
     # a file name that is not UTF-8 has characters that cannot be written
     save_atomically(lambda f: f.write_text(html, encoding='utf-8', errors='backslashreplace'), path)
     return Path(path)

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from cifar_cam.core import InputError
-from cifar_cam.predict import (GrowingTable, PixelNetwork, accuracy_difference, count_predictions, find_images, labelled_images,
-                               predict_command, predict_images, validate_command, validate_run, whole_rows)
+from cifar_cam.inputs import find_images
+from cifar_cam.predict import GrowingTable, PixelNetwork, count_predictions, predict_command, predict_images, whole_rows
+from cifar_cam.validate import accuracy_difference, labelled_images, validate_command, validate_run
 from cifar_cam.run import load_run
 
 
@@ -175,7 +176,7 @@ def test_an_archive_that_is_cut_or_writes_elsewhere_or_is_a_bomb(photos, run, mo
     with zipfile.ZipFile('odd.zip', 'w', zipfile.ZIP_DEFLATED) as z:
         z.write(photos/'a'/'0.png', '../../out.png')
         z.writestr('big.png', bytes(5_000_000))
-    monkeypatch.setattr('cifar_cam.predict._LARGEST', 1_000_000)
+    monkeypatch.setattr('cifar_cam.inputs._LARGEST', 1_000_000)
     table = rows(predict_images('odd.zip', run))
     assert table[1][-1] == '' and 'MB' in table[2][-1] and not Path('../../out.png').exists()
     shutil.make_archive('all', 'gztar', '.', 'photos')

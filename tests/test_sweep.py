@@ -9,13 +9,15 @@ from torch import nn
 
 optuna = pytest.importorskip('optuna')
 
-from cifar_cam import sweep as module
+from cifar_cam import search as module
 from cifar_cam.core import InputError
 from cifar_cam.models import MODELS
 from cifar_cam.recipe import RECIPES, Recipe, change_recipe, chooses, find_recipe
 from cifar_cam.run import load_run
-from cifar_cam.sweep import (Sweep, begin_sweep, best_command, best_recipe, join_sweep, open_storage, parse_space, recipe_toml, sweep_command,
-                             sweep_recipe, sweep_trials, trial_recipe, work_on_sweep, write_sweep)
+from cifar_cam.search import Sweep, begin_sweep, trial_recipe, work_on_sweep
+from cifar_cam.space import parse_space
+from cifar_cam.sweep import (best_command, best_recipe, join_sweep, recipe_toml, sweep_command,
+                             sweep_recipe, sweep_trials)
 
 
 def tiny(n_out=10, norm='batch'):
@@ -180,8 +182,8 @@ def test_two_processes_share_a_sweep_and_one_that_is_killed_loses_its_trial_only
     first,second = (fork.Process(target=worker, args=(sweep.path.absolute(), at)) for at in (None, 1))
     first.start()
     second.start()
-    second.join(240)
-    first.join(240)
+    second.join(900)
+    first.join(900)
     assert first.exitcode == 0 and second.exitcode == -signal.SIGKILL
     done = states(sweep)
     assert done.count('COMPLETE') >= 5 and set(done) <= {'COMPLETE', 'FAIL', 'RUNNING'} and len(done) - done.count('COMPLETE') == 1
