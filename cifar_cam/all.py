@@ -37,6 +37,15 @@ from cifar_cam.charts import *
 from cifar_cam.report import *
 from cifar_cam.experiment import *
 from cifar_cam.share import *
+from cifar_cam.inputs import *
+from cifar_cam.page import *
+from cifar_cam.predict import *
+from cifar_cam.validate import *
+from cifar_cam.export import *
+from cifar_cam.space import *
+from cifar_cam.search import *
+from cifar_cam.sweep import *
+from cifar_cam.checks import *
 
 
 def __getattr__(name):
