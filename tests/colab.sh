@@ -12,6 +12,7 @@ here=$("$python" -c 'import platform; print(platform.python_version())')
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 export FASTAI_HOME=$tmp/fastai MPLCONFIGDIR=$tmp/matplotlib IPYTHONDIR=$tmp/ipython JUPYTER_CONFIG_DIR=$tmp/jupyter OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYDEVD_DISABLE_FILE_VALIDATION=1 # a warning of the kernel's debugger
 unset CIFAR_CAM_DATA PYTHONPATH MPLBACKEND
 step() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 

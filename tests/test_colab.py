@@ -1,8 +1,18 @@
 "Colab and Kaggle: the first cell of a notebook, the package beside what is installed there, runs in a folder that is synced"
-import json, os, re, subprocess, sys
+import io, json, os, re, shutil, subprocess, sys, threading
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load
+from torch import nn
+
+from cifar_cam import experiment
+from cifar_cam.models import MODELS
+from cifar_cam.recipe import Recipe
+from cifar_cam.run import fit_run, load_run
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [ROOT/'nbs'/'000_tour.ipynb'] + [p for p in sorted((ROOT/'nbs'/'experiments').glob('*.ipynb')) if p.stem!='speed']
@@ -95,3 +105,112 @@ def test_a_checkout_without_metadata_is_not_held_to_anything():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cifar_cam; print(cifar_cam.__version__)"
     done = subprocess.run([sys.executable, '-S', '-c', code], capture_output=True, text=True, env={'PATH': os.environ['PATH']})
     assert done.returncode==0 and done.stdout.strip(), done.stderr
+
+
+# --- a folder on Drive: a program copies what it sees there, whenever; a session ends; another goes on from the copy
+
+RECIPE = dict(arch='tiny', epochs=4, bs=10, lr=.05, lr_min=.005, schedule='plateau', patience=1, keep_best=True)
+READ = {'.json': json.loads, '.csv': lambda b: pd.read_csv(io.BytesIO(b)), '.pt': lambda b: torch.load(io.BytesIO(b), weights_only=True),
+        '.safetensors': load, '.png': lambda b: Image.open(io.BytesIO(b)).load(), '.html': lambda b: b.decode().rstrip().index('</html>')}
+
+
+def tiny(n_out=10, norm='batch'):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+                         nn.Dropout(.1), nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(200, n_out))
+
+
+@pytest.fixture
+def drive(tmp_path, monkeypatch):
+    "The folder of runs on a Drive; no figures are drawn but by the one test that looks at them"
+    monkeypatch.setitem(MODELS, 'tiny', tiny)
+    monkeypatch.setattr(experiment, 'draw_run', lambda run: None)
+    monkeypatch.setattr(experiment, 'write_report', lambda run: None)
+    return tmp_path/'My Drive'/'runs'
+
+
+def train(data, out): return experiment.run_recipe(Recipe('drive', **RECIPE), data, out, device='cpu')
+
+
+class Sync(threading.Thread):
+    "Reads every file of a folder whose time or size is another than before, as a program does that copies to the cloud"
+    def __init__(self, folder):
+        super().__init__(daemon=True)
+        self.folder,self.seen,self.copies,self.ended = folder,{},[],threading.Event()
+    def run(self):
+        while not self.ended.wait(.001): self.look()
+    def look(self):
+        for f in list(self.folder.rglob('*')):
+            try:
+                now = f.stat().st_mtime_ns,f.stat().st_size,f.stat().st_ino
+                if f.is_dir() or f.name.startswith('.') or self.seen.get(f)==now: continue
+                self.seen[f] = now
+                self.copies.append((f.name, f.read_bytes()))
+            except FileNotFoundError: pass # renamed between two looks
+
+
+def test_whatever_a_program_that_syncs_reads_is_a_whole_file(few, drive, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(MODELS, 'tiny', tiny)
+    drive.mkdir(parents=True)
+    sync = Sync(drive)
+    sync.start()
+    try: run = train(few, drive)
+    finally:
+        sync.ended.set()
+        sync.join()
+    sync.look()
+    for name,data in sync.copies: READ[Path(name).suffix](data)
+    assert {n for n,_ in sync.copies} >= {f.name for f in run.path.rglob('*') if f.is_file()}
+    assert not list(drive.rglob('.*'))
+
+
+def stop_after(monkeypatch, name, n):
+    "As when Colab takes the machine back: nothing is written after the `n`th file of this name"
+    replace,left = os.replace,[n]
+    def mortal(src, dst):
+        replace(src, dst)
+        left[0] -= Path(dst).name==name
+        if not left[0]: raise KeyboardInterrupt
+    monkeypatch.setattr(os, 'replace', mortal)
+
+
+def interrupted(few, drive, monkeypatch, name='checkpoint.pt', n=2):
+    with monkeypatch.context() as m:
+        stop_after(m, name, n)
+        with pytest.raises(KeyboardInterrupt): train(few, drive)
+    return next(drive.iterdir())
+
+
+def same(run, whole):
+    for f in 'metrics.json', 'weights.safetensors', 'best.safetensors': assert (run.path/f).read_bytes()==(whole.path/f).read_bytes(), f
+    columns = ['epoch', 'train_loss', 'valid_loss', 'valid_accuracy', 'test_accuracy', 'lr']
+    pd.testing.assert_frame_equal(run.history[columns], whole.history[columns])
+
+
+def test_a_new_session_goes_on_from_the_copy_that_drive_kept(few, drive, tmp_path, monkeypatch):
+    whole = train(few, tmp_path/'whole')
+    begun = interrupted(few, drive, monkeypatch)
+    other = tmp_path/'content'/'drive'/begun.name
+    shutil.copytree(begun, other)
+    shutil.rmtree(drive)
+    for name in ('desktop.ini', 'history (1).csv', 'metrics (1).json', '.DS_Store'): (other/name).write_text('of the sync') # whatever lies there
+    assert not load_run(other).finished and list(load_run(other).history.epoch)==[1, 2]
+    same(fit_run(other), whole)
+
+
+def behind(few, drive, monkeypatch, name):
+    "A run of two epochs whose file `name` is the first epoch's: the cloud had not got the second when the machine was gone"
+    begun = interrupted(few, drive, monkeypatch, n=1)
+    first = (begun/name).read_bytes()
+    with monkeypatch.context() as m:
+        stop_after(m, 'checkpoint.pt', 2)
+        with pytest.raises(KeyboardInterrupt): fit_run(begun)
+    (begun/name).write_bytes(first)
+    return begun
+
+
+@pytest.mark.parametrize('name', ['checkpoint.pt', 'history.csv', 'best.safetensors'])
+def test_a_file_that_was_not_copied_in_time_changes_no_number(few, drive, tmp_path, monkeypatch, name):
+    whole = train(few, tmp_path/'whole')
+    begun = behind(few, drive, monkeypatch, name)
+    same(fit_run(begun), whole)
