@@ -18,7 +18,15 @@ from cifar_cam.interpret import *
 from cifar_cam.measures import *
 from cifar_cam.scorecard import *
 from cifar_cam.recipe import *
+from cifar_cam.evaluate import *
+from cifar_cam.history import *
 from cifar_cam.run import *
+from cifar_cam.summary import *
 from cifar_cam.report import *
 from cifar_cam.experiment import *
 from cifar_cam.share import *
+
+
+def __getattr__(name):
+    from cifar_cam import retired_name
+    raise retired_name(name)

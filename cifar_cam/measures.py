@@ -180,7 +180,8 @@ def impute_pixels(
     "Noisy linear imputation: each removed pixel is the weighted mean of its neighbours (Rong et al. 2022). Raises InputError if all are removed"
     step = max(1, 2**18//keep[0].numel())  # the system of 256 images at 32×32 takes 130 MB
     if len(x) > step: return torch.cat([impute_pixels(*o) for o in zip(x.split(step), keep.split(step), [None]*len(x) if noise is None else noise.split(step))])
-    if not keep.flatten(1).any(1).all(): raise InputError('an image without a pixel that stays cannot be filled in: keep at least one')
+    if not keep.flatten(1).any(1).all():
+        raise InputError('an image without a pixel that stays cannot be filled in: keep at least one')
     gone,values = ~keep.cpu().numpy(),x.detach().cpu().double().permute(0, 2, 3, 1).numpy()
     diagonal,rhs,ties = _linear_system(gone, values)
     if not len(diagonal): return x.clone()

@@ -175,7 +175,8 @@ def _masks(interp, idxs, masks):
     "The masks of the images at `idxs`: given ones, those of Shapes10, or None"
     n = len(interp.targs)
     if masks is not None:
-        if len(masks) != n: raise InputError(f'{len(masks)} masks for {n} images: pass one for each image of the loader')
+        if len(masks) != n:
+            raise InputError(f'{len(masks)} masks for {n} images: pass one for each image of the loader')
         return torch.stack([torch.as_tensor(np.asarray(masks[i])).bool() for i in idxs])
     files = interp.files(idxs) if getattr(interp.dl, 'items', None) is not None else [None]
     if not all(isinstance(f, Path) and mask_path(f).is_file() for f in files): return None
@@ -187,7 +188,8 @@ CAM_METHODS = ('gradcam', 'hirescam', 'gradcam++', 'xgradcam', 'layercam', 'eige
 def _sample(interp, n, montages, min_prob, seed):
     "(places of images, places of montages M×4, numbers about them)"
     right = interp.preds == interp.targs
-    if not right.any(): raise InputError(f'the network gets none of the {len(right):,} images right: train it first')
+    if not right.any():
+        raise InputError(f'the network gets none of the {len(right):,} images right: train it first')
     idxs = np.random.default_rng(seed).permutation(np.flatnonzero(right.numpy()))[:n].tolist()
     sure = right & (interp.probs.amax(1) >= min_prob)
     fours = pick_montages(interp.targs, sure, montages, seed)
@@ -212,7 +214,8 @@ def score_cams(
     "Are these methods' maps to be believed? On the learner's last loader: the test images. Raises InputError for wrong methods, layers, numbers, masks"
     methods = [cam_method(m)[0] for m in ([methods] if isinstance(methods, str) else methods)]
     check_seed(seed)
-    if n < 1 or montages < 0 or not methods: raise InputError(f'n={n}, montages={montages}, {len(methods)} methods: choose one image and one method at least')
+    if n < 1 or montages < 0 or not methods:
+        raise InputError(f'n={n}, montages={montages}, {len(methods)} methods: choose one image and one method at least')
     interp = learn if isinstance(learn, CamInterpretation) else CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
     model,(idxs,fours,about) = interp.learn.model,_sample(interp, n, montages, min_prob, seed)
     if not isinstance(layer, str): layer = find_layer(unwrap(model), layer)[0] # copies of the model have other modules

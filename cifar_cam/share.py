@@ -7,15 +7,17 @@ __all__ = ['SHARED', 'model_card', 'push_to_hub', 'ship_run', 'pretrained_run']
 
 # %% ../nbs/22_share.ipynb #22imp1s
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 from fastai.vision.all import DataLoaders, patch
 
 from .core import InputError, save_atomically, sha256, write_json
 from .learner import cifar_learner
-from .interpret import CamInterpretation, files
+from .interpret import CamInterpretation
 from .recipe import recipe_learner
-from .run import evaluate_learner, image_format, load_run, load_weights, Run, save_weights
+from .evaluate import evaluate_learner, image_format, load_weights, save_weights
+from .run import load_run, Run
 
 # %% ../nbs/22_share.ipynb #2443dd6d
 SHARED = ['*.json', 'history.csv', 'weights.safetensors', 'figures/*.png', 'report.html', 'README.md']
@@ -52,7 +54,8 @@ def push_to_hub(
     try: from huggingface_hub import HfApi
     except ImportError: raise InputError("the Hub needs a package: pip install 'cifar_cam[hub]'") from None
     run = run if isinstance(run, Run) else load_run(run)
-    if not run.finished: raise InputError(f'{run.path}: the training is not finished; `cifar-cam train --resume {run.path}` goes on')
+    if not run.finished:
+        raise InputError(f'{run.path}: the training is not finished; `cifar-cam train --resume {run.path}` goes on')
     save_atomically(lambda f: f.write_text(model_card(run), encoding='utf-8', errors='backslashreplace'), run.path/'README.md')
     api = HfApi()
     url = api.create_repo(repo, private=private, exist_ok=True)
@@ -88,7 +91,9 @@ def from_pretrained(cls:CamInterpretation,
     "What the network that comes with the package makes of the images of `dls`. Ask for its maps by `method='hirescam'`: Grad-CAM's are at chance in it (docs/results.md). Raises InputError for other classes, sizes or normalisation"
     run = pretrained_run()
     known,given = list(run.metrics['class_accuracy']),[str(c) for c in dls.vocab]
-    if known!=given: raise InputError(f"the network that comes with the package knows {', '.join(known)}; these images are of {', '.join(given)}: train one, and use from_learner")
+    if known!=given:
+        raise InputError(f"the network that comes with the package knows {', '.join(known)}; these images are of {', '.join(given)}: train one, and use from_learner")
     wanted,found = ({k: m[k] for k in ('size', 'mean', 'std')} for m in (run.metrics, image_format(dls)))
-    if wanted!=found: raise InputError(f'the network that comes with the package sees images of {wanted}; these are of {found}')
+    if wanted!=found:
+        raise InputError(f'the network that comes with the package sees images of {wanted}; these are of {found}')
     return cls.from_learner(cifar_learner(dls, run.model), ds_idx)

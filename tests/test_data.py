@@ -319,7 +319,7 @@ def cached(tmp_path, shapes):
 def one_cache(root): return [f for f in (fastai_path('data')/'cifar_cam-cache').iterdir() if f.name.startswith(hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16])]
 
 
-def no_decoding(monkeypatch): monkeypatch.setattr('cifar_cam.data.read_images', lambda *_: pytest.fail('decoded again'))
+def no_decoding(monkeypatch): monkeypatch.setattr('cifar_cam.loaders.read_images', lambda *_: pytest.fail('decoded again'))
 
 
 def test_images_are_decoded_once_and_in_the_order_of_the_files(cached, monkeypatch):
@@ -355,7 +355,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_lost(shapes, tmp_
     def full(tensors, file, metadata):
         Path(file).write_bytes(b'half')
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('cifar_cam.data.save_file', full)
+    monkeypatch.setattr('cifar_cam.loaders.save_file', full)
     root = Path(shutil.copytree(shapes, tmp_path/'s'))
     with pytest.warns(UserWarning, match='disk is full'): images = cached_images(root)
     assert images.shape == (400, 3, 32, 32) and not one_cache(root)

@@ -51,7 +51,7 @@ def tiny_arch():
 def train(data, out, **changes):
     "A run without figures, in a second"
     mp = pytest.MonkeyPatch()
-    mp.setattr('cifar_cam.recipes.draw_run', lambda run: None)
+    mp.setattr('cifar_cam.experiment.draw_run', lambda run: None)
     kwargs = {k: changes.pop(k) for k in ('seed', 'published_protocol') if k in changes}
     try: return run_recipe(Recipe(**{**dict(name='tiny', arch='tiny', epochs=3, bs=8, lr=.05, lr_min=.005), **changes}), data, out, **kwargs)
     finally: mp.undo()
