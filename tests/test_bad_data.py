@@ -15,7 +15,8 @@ from cifar_cam.core import InputError
 from cifar_cam.images import check_folder, data_checksum, data_path, image_files, NamedImage, open_photo, unpack_images
 from cifar_cam.loaders import cached_images, cifar_dls
 from cifar_cam.interpret import explain_image
-from cifar_cam.run import fit_run, load_run, save_weights
+from cifar_cam.evaluate import save_weights
+from cifar_cam.run import fit_run, load_run
 from cifar_cam.experiment import run_recipe, train_run
 from cifar_cam.shapes import shapes_path
 import cifar_cam.learner as train

@@ -14,10 +14,11 @@ from cifar_cam.core import InputError
 from cifar_cam.panels import overlay
 from cifar_cam.models import MODELS
 from cifar_cam.recipe import change_recipe, find_recipe, Recipe
-from cifar_cam.run import calibration_error, evaluate_learner, load_run, load_weights, save_weights
+from cifar_cam.evaluate import calibration_error, evaluate_learner, load_weights, save_weights
+from cifar_cam.run import load_run
 from cifar_cam.experiment import run_recipe
-from cifar_cam.report import (class_table, compare_runs, paired_difference, pick_images, reliability, run_command,
-                              write_report)
+from cifar_cam.summary import class_table, paired_difference, reliability, run_command
+from cifar_cam.report import compare_runs, pick_images, write_report
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 EVIL = ['<img src=x onerror=alert(1)>', '"\'onmouseover=alert(1)', '{{7*7}}&amp;', 'plain']
