@@ -16,8 +16,9 @@ import pandas as pd
 from fastai.vision.all import num_distrib, rank_distrib
 from scipy.stats import t as student_t
 
-from .core import check_seed, InputError, write_json
+from .core import check_seed, InputError, sha256, write_json
 from .images import data_checksum, data_path
+from .loaders import read_decisions
 from .schedule import plot_triangle
 from .parallel import from_all, from_first, join_processes, leave_processes, one_process
 from .recipe import change_recipe, find_recipe, Recipe
@@ -89,6 +90,7 @@ def run_recipe(
     published_protocol:bool=False, # choose by the test set, as the published experiments did
     tensorboard:bool=False, # TensorBoard logs in the run's folder; needs the package tensorboard
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
+    labels:str|Path=None, # decisions about training labels: see `read_decisions`
     **changes, # fields of the recipe that shall differ
 ) -> 'Run':
     "Train a recipe and write everything about it into a new run folder. Raises InputError before anything is written"
@@ -100,11 +102,18 @@ def run_recipe(
         path = new_run_folder(r.name, out)
         with _kept_if_begun(path):
             write_json(asdict(r), path/'recipe.json')
+            if labels is not None: env |= _keep_labels(labels, data, path)
             write_json(dict(env, processes=max(1, n), published_protocol=published_protocol, tensorboard=tensorboard), path/'env.json')
         return path
     with nullcontext() if rank_distrib() else folder_for(out):
         path = from_first(begin)
         with _kept_if_begun(path): return train_run(path)
+
+def _keep_labels(labels, data, path):
+    "A copy of the decisions in the run's folder, and what `env.json` says of them"
+    read_decisions(labels, data_path(data))
+    shutil.copy(labels, path/'labels.csv')
+    return dict(labels=str(labels), labels_checksum=sha256(path/'labels.csv'))
 
 @contextmanager
 def _kept_if_begun(path):

@@ -243,11 +243,11 @@ def cifar_block(
     seed:int=0, # which images are held out
     stats:tuple=cifar_stats, # channel means and standard deviations that images are normalised with
     size:int|tuple=32, # see `Squeeze`
-    **kwargs, # more for `DataBlock`
+    **kwargs, # more for `DataBlock`, or instead of what is usual here
 ) -> DataBlock:
     "The DataBlock of an image folder: an `ImageBlock`, a `CategoryBlock`, normalised"
     images = ImageBlock(NamedImage)
     images.type_tfms = L(images.type_tfms) + Squeeze(size)
-    return DataBlock(blocks=(images, CategoryBlock), get_items=image_files, get_y=parent_label,
-                     splitter=hold_out_splitter(hold_out, seed), item_tfms=item_tfms,
-                     **{'batch_tfms': [Normalize.from_stats(*stats)], **kwargs})
+    usual = dict(blocks=(images, CategoryBlock), get_items=image_files, get_y=parent_label, item_tfms=item_tfms,
+                 splitter=hold_out_splitter(hold_out, seed), batch_tfms=[Normalize.from_stats(*stats)])
+    return DataBlock(**usual | kwargs)

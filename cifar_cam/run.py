@@ -29,7 +29,7 @@ from safetensors.torch import load
 from scipy.stats import binomtest
 
 from . import __version__
-from .core import check_seed, InputError, remove_leftovers, save_atomically, write_json, writing
+from .core import check_seed, InputError, remove_leftovers, save_atomically, sha256, write_json, writing
 from .images import CIFAR10, data_checksum, data_path
 from .augment import TTA
 from .models import build_model
@@ -396,7 +396,9 @@ class Run:
         if data_checksum(data_path(data)) != self.env['data_checksum']: raise InputError(f'{data}: are not the images that {self.path} was trained on; put those back')
         with suppress(InputError) if self.finished else nullcontext(): device = _own_device(_device(device))
         if not isinstance(device, torch.device): device = _device(None)  # to look at a finished run, another device will do
-        dls = recipe_dls(self.recipe, data, self.env['seed'], hold_out=not self.env['published_protocol'], device=device)
+        labels = self.path/'labels.csv' if self.env.get('labels_checksum') else None
+        if labels and (not labels.is_file() or sha256(labels) != self.env['labels_checksum']): raise InputError(f'{labels}: are not the decisions that {self.path} was trained with; put those back')
+        dls = recipe_dls(self.recipe, data, self.env['seed'], hold_out=not self.env['published_protocol'], device=device, labels=labels)
         if self.finished and [str(c) for c in dls.vocab] != list(self.metrics['class_accuracy']):
             raise InputError(f'{self.path}: metrics.json has other classes than {data}')
         return dls
