@@ -129,8 +129,8 @@ def crossfit_evidence(
     parts = [load_evidence(path/f'fold-{k}.npz') for k in range(folds)]
     order = np.argsort([f for o in parts for f in o.files], kind='stable')
     files = [f for o in parts for f in o.files]
-    targs,logits,votes = (np.concatenate([getattr(o, name) for o in parts])[order] for name in ('targs', 'logits', 'votes'))
-    return Evidence([files[i] for i in order], parts[0].classes, targs, logits, votes)
+    targs,logits,plain = (np.concatenate([getattr(o, name) for o in parts])[order] for name in ('targs', 'logits', 'plain'))
+    return Evidence([files[i] for i in order], parts[0].classes, targs, logits, plain)
 
 # %% ../nbs/22b_crossfit.ipynb #22pagec1
 _PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Doubtful labels</title>

@@ -9,9 +9,10 @@ __all__ = ['LABEL_SCORES', 'VERDICTS', 'COLUMNS', 'classifier_of', 'Seen', 'look
            'copied', 'doubtful_set', 'precision_at', 'recall_at', 'measure_score', 'compare_scores']
 
 # %% ../nbs/17_triage.ipynb #17imp1t0
-import json, shutil
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def classifier_of(
 class Seen:
     "What a network makes of the images of a loader"
     logits:np.ndarray # N×C, averaged over the views
+    plain:np.ndarray # N×C, of the image as it is
     embeddings:np.ndarray # N×D, of the plain view
     targs:np.ndarray # N labels
 
@@ -77,11 +79,12 @@ def look(
     return Seen(*(np.concatenate(o) for o in zip(*rows)))
 
 def _look_at(model, x, views, given):
-    "(logits, embeddings) of a batch"
-    weights = [(None, 1)] if views=='plain' else TTA[views]
+    "(logits, plain logits, embeddings) of a batch"
+    weights = [(None, 1)] if views=='plain' else TTA[views]  # the image as it is comes first in all of them
     given.clear()
-    logits = sum(w*model(x if view is None else view(x)).float() for view,w in weights)/sum(w for _,w in weights)
-    return logits.cpu().numpy(),given[0].float().flatten(1).cpu().numpy()
+    seen = [model(x if view is None else view(x)).float() for view,_ in weights]
+    logits = sum(w*l for (_,w),l in zip(weights, seen))/sum(w for _,w in weights)
+    return tuple(o.cpu().numpy() for o in (logits, seen[0], given[0].float().flatten(1)))
 
 # %% ../nbs/17_triage.ipynb #17temp01
 def temperature(
@@ -98,7 +101,7 @@ def neighbour_votes(
     known:np.ndarray, # M×D: embeddings of the training images
     labels:np.ndarray, # M labels of theirs
     n_classes:int, # how many classes there are
-    k:int=30, # neighbours; on labels flipped by us 10 to 100 did the same within the intervals
+    k:int=100, # neighbours; on labels that we flipped, 10 were worse than 100, and 200 no better
     sharpness:float=10., # a neighbour's weight is e to this times its cosine
 ) -> np.ndarray: # N×C probabilities, none of them zero
     "The labels of the `k` nearest training images by cosine, as a weighted vote. Raises InputError for fewer than `k` images"
@@ -117,16 +120,20 @@ class Evidence:
     files:list # N names, such as test/cat/0001.png
     classes:list # C names
     targs:np.ndarray # N labels: places in `classes`
-    logits:np.ndarray # N×C
+    logits:np.ndarray # N×C, averaged over views
+    plain:np.ndarray=None # N×C, of the images as they are, which decide what is a mistake; None: the same
     votes:np.ndarray=None # N×C, from `neighbour_votes`; None: not asked
 
     def __post_init__(self):
         n,c = len(self.files),len(self.classes)
         if c < 2: raise InputError(f'{c} class: a label can only be doubted where there are two or more')
-        if np.shape(self.logits) != (n, c): raise InputError(f'logits of shape {np.shape(self.logits)} for {n} images and {c} classes')
+        if self.plain is None: self.plain = self.logits
+        for name in 'logits', 'plain':
+            shape = np.shape(getattr(self, name))
+            if shape != (n, c): raise InputError(f'{name} of shape {shape} for {n} images and {c} classes')
         self.targs = np.asarray(self.targs)
         if self.targs.shape != (n,) or not np.isin(self.targs, range(c)).all(): raise InputError(f'labels: {n} places from 0 to {c - 1} are needed')
-        for name in 'logits', 'votes':
+        for name in 'logits', 'plain', 'votes':
             values = getattr(self, name)
             if values is not None and not np.isfinite(values).all():
                 bad = self.files[int(np.argmin(np.isfinite(values).all(1)))]
@@ -139,11 +146,11 @@ class Evidence:
 def save(self:Evidence,
     path:str|Path, # the .npz file that is written
 ) -> Path:
-    "Everything in float16, with the names of the files: 10,000 images take about 300 kB. Open it by `load_evidence`"
-    votes = {} if self.votes is None else dict(votes=self.votes.astype(np.float16))
-    arrays = dict(files=np.array(self.files), classes=np.array(self.classes), targs=self.targs.astype(np.int32), logits=self.logits.astype(np.float16))
+    "Everything in float16, with the names of the files: 10,000 images of ten classes take about 400 kB. Open it by `load_evidence`"
+    numbers = {k: v.astype(np.float16) for k in ('logits', 'plain', 'votes') if (v := getattr(self, k)) is not None}
+    arrays = dict(files=np.array(self.files), classes=np.array(self.classes), targs=self.targs.astype(np.int32))
     packed = BytesIO()  # savez would add .npz to the name of the temporary file
-    np.savez_compressed(packed, **arrays, **votes)
+    np.savez_compressed(packed, **arrays, **numbers)
     save_atomically(lambda f: f.write_bytes(packed.getvalue()), path)
     return Path(path)
 
@@ -153,8 +160,8 @@ def load_evidence(
     "What was saved. Raises InputError that names the file"
     try:
         with np.load(path, allow_pickle=False) as f: arrays = {k: f[k] for k in f}
-        more = dict(votes=arrays['votes'].astype(np.float64)) if 'votes' in arrays else {}
-        return Evidence(arrays['files'].tolist(), arrays['classes'].tolist(), arrays['targs'], arrays['logits'].astype(np.float64), **more)
+        numbers = {k: arrays[k].astype(np.float64) for k in ('logits', 'plain', 'votes') if k in arrays}
+        return Evidence(arrays['files'].tolist(), arrays['classes'].tolist(), arrays['targs'], **numbers)
     except InputError: raise
     except Exception as e: raise InputError(f'{path}: is no saved evidence ({e}); make it by Evidence.save') from None
 
@@ -174,7 +181,7 @@ def check_evidence(
 # %% ../nbs/17_triage.ipynb #17pool01
 def pooled_probs(
     evidence:list, # of `Evidence`, one for each network
-    neighbours:float=.25, # share of the vote that the neighbours have, where they were asked
+    neighbours:float=.25, # share of the vote that the neighbours have, where they were asked; 0.1 to 0.5 did the same on labels that we flipped
 ) -> np.ndarray: # N×C
     "The mean of what all networks say, each at its own temperature, and of what their neighbours say"
     said = [softmax(o.logits/temperature(o.logits, o.targs), 1) for o in check_evidence(evidence)]
@@ -183,7 +190,7 @@ def pooled_probs(
 
 # %% ../nbs/17_triage.ipynb #17scor01
 def _own_and_other(probs, targs):
-    "What the label has, and the best of what the other classes have"
+    "What the label has, the best of what the other classes have, and which class that is"
     rows,rest = np.arange(len(targs)),np.array(probs, dtype=float)
     rest[rows, targs] = -1
     return np.asarray(probs, dtype=float)[rows, targs],rest.max(1),rest.argmax(1)
@@ -194,18 +201,22 @@ def _margin(probs, targs):
     own,other,_ = _own_and_other(probs, targs)
     return (1 + other - own)/2
 
+def _odds(probs, targs):
+    own,other,_ = _own_and_other(probs, targs)
+    return other/(own + other).clip(1e-12)
+
 def _cleanlab(probs, targs):
     try: from cleanlab.rank import get_label_quality_scores
     except ImportError: raise InputError("this score needs a package: pip install 'cifar_cam[triage]'") from None
     return 1 - get_label_quality_scores(targs, probs, method='normalized_margin', adjust_pred_probs=True)
 
-LABEL_SCORES = dict(margin=_margin, loss=_loss, cleanlab=_cleanlab)
+LABEL_SCORES = dict(odds=_odds, loss=_loss, margin=_margin, cleanlab=_cleanlab)
 
 # %% ../nbs/17_triage.ipynb #17scor02
 def label_scores(
     probs:np.ndarray, # N×C, from `pooled_probs`
     targs:np.ndarray, # N labels
-    method:str='margin', # a key of `LABEL_SCORES`
+    method:str='odds', # a key of `LABEL_SCORES`
 ) -> np.ndarray: # N, from 0 to 1
     "How doubtful each label is. Raises InputError for another method"
     if method not in LABEL_SCORES: raise InputError(f"method={method!r}: choose one of {', '.join(LABEL_SCORES)}")
@@ -214,9 +225,12 @@ def label_scores(
 # %% ../nbs/17_triage.ipynb #17ambi01
 def ambiguity_scores(
     probs:np.ndarray, # N×C, from `pooled_probs`
+    targs:np.ndarray, # N labels
+    voice:float=.25, # share of the vote that the label has
 ) -> np.ndarray: # N, from 0 to 1
-    "The entropy of what is said of each image: 0 where all agree on one class, 1 where all classes are alike"
-    p = np.asarray(probs, dtype=float)
+    "The entropy of all votes on each image: 0 where they agree on one class, 1 where all classes have the same"
+    p = (1 - voice)*np.asarray(probs, dtype=float)
+    p[np.arange(len(p)), targs] += voice
     return (-(p*np.log(p.clip(1e-12))).sum(1)/np.log(p.shape[1])).clip(0, 1)
 
 # %% ../nbs/17_triage.ipynb #17copy0a
@@ -243,38 +257,41 @@ def _coarse(thumbs):
     blocks -= blocks.mean((2, 3), keepdims=True)
     return _unit(blocks.reshape(len(thumbs), -1))
 
-def _fine(thumbs):
-    "Grey values less their blurred selves: N×32×32"
-    grey = thumbs.mean(1, dtype=np.float32)
-    return grey - gaussian_filter(grey, (0, 2, 2))
+def _blurred(thumbs):
+    "Without the finest structure, of mean 0 in each channel"
+    soft = gaussian_filter(thumbs.astype(np.float32), (0, 0, 1.5, 1.5))
+    return soft - soft.mean((2, 3), keepdims=True)
 
-def _likeness(a, b, shift=2):
-    "Correlation of pairs of N×32×32 at the best shift"
-    side = a.shape[1] - 2*shift
-    middle,best = _unit(a[:, shift:-shift, shift:-shift].reshape(len(a), -1)),np.full(len(a), -1, np.float32)
-    for i in range(2*shift + 1):
-        for j in range(2*shift + 1):
-            moved = _unit(b[:, i:i+side, j:j+side].reshape(len(b), -1))
-            np.maximum(best, np.einsum('nd,nd->n', middle, moved), out=best)
-    return best
+def _same_contrast(x): return x/np.sqrt((x**2).mean((1, 2, 3), keepdims=True)).clip(1)
+
+def _likeness(a, b):
+    "Of pairs of N×3×32×32: the correlation in the worst tile at the best shift by up to a pixel; without structure nothing is alike"
+    middle,best,worst = _same_contrast(a[:, :, 1:-1, 1:-1]),np.full(len(a), -np.inf),np.zeros(len(a))
+    for i in range(3):
+        for j in range(3):
+            apart = ((middle - _same_contrast(b[:, :, i:i+30, j:j+30]))**2).mean(1)/2
+            better = 1 - apart.mean((1, 2)) > best
+            best = np.where(better, 1 - apart.mean((1, 2)), best)
+            worst = np.where(better, 1 - apart.reshape(-1, 6, 5, 6, 5).mean((2, 4)).max((1, 2)), worst)
+    return np.where(a.std((1, 2, 3)) > 2, worst, 0)
 
 # %% ../nbs/17_triage.ipynb #17copy02
 def find_copies(
     thumbs:np.ndarray, # N×3×32×32 uint8, from `thumbnails`
     among:np.ndarray=None, # M×3×32×32: where to look for them; None: in `thumbs` itself
-    least:float=.8, # correlation of the fine structure from which two are the same picture
+    least:float=.88, # likeness from which two are the same picture: see the measures below
     k:int=3, # how many of the nearest are compared
 ) -> pd.DataFrame: # image, copy_of, likeness, mirrored
-    "Which images are the same picture as one of `among`, and which: shifted by up to two pixels, mirrored, or saved again"
+    "Which images are the same picture as one of `among`, and which: shifted by a pixel, mirrored, brighter or darker, or saved again"
     same,others = among is None,thumbs if among is None else among
-    search = NearestNeighbors(n_neighbors=min(k + same, len(others)), algorithm='brute').fit(_coarse(others))
-    fine,rows = _fine(others),[]
+    search,rows = NearestNeighbors(n_neighbors=min(k + same, len(others)), algorithm='brute').fit(_coarse(others)),[]
     for mirrored in False, True:
         seen = thumbs[..., ::-1] if mirrored else thumbs
-        near,mine = search.kneighbors(_coarse(seen), return_distance=False),_fine(seen)
-        for of in near.T:
-            i = np.flatnonzero(of != np.arange(len(of))) if same else np.arange(len(of))
-            rows.append(pd.DataFrame(dict(image=i, copy_of=of[i], likeness=_likeness(mine[i], fine[of[i]]), mirrored=mirrored)))
+        far,near = search.kneighbors(_coarse(seen))
+        i,j = np.nonzero((far < .7) & ~(same & (near == np.arange(len(near))[:, None])))  # a cosine of 0.755; of a copy it is above 0.8
+        for part in np.array_split(np.arange(len(i)), len(i)//2000 + 1):
+            image,of = i[part],near[i[part], j[part]]
+            rows.append(pd.DataFrame(dict(image=image, copy_of=of, likeness=_likeness(_blurred(seen[image]), _blurred(others[of])), mirrored=mirrored)))
     found = pd.concat(rows).query('likeness >= @least').sort_values('likeness', ascending=False, kind='stable')
     return found.drop_duplicates('image').sort_values('image', ignore_index=True)
 
@@ -297,12 +314,12 @@ def verdicts(
     doubt:np.ndarray, # N label scores
     spread:np.ndarray, # N ambiguity scores
     copies:np.ndarray=None, # N booleans; None: not looked for
-    sure:float=.9, # label score from which the label is blamed
+    sure:float=.98, # label score from which the label is blamed: half of them rightly, where one label in a hundred is wrong (see below)
     torn:float=.4, # ambiguity score from which an image is ambiguous
     first:int=50, # so many are blamed in any case, where the network makes as many mistakes
 ) -> np.ndarray: # N words, '' for an image without a doubt
     "One of `VERDICTS` for each image. Where several fit, the first of: label, copy, ambiguous, shared, network"
-    targs,preds = evidence[0].targs,np.stack([o.logits.argmax(1) for o in evidence])
+    targs,preds = evidence[0].targs,np.stack([o.plain.argmax(1) for o in evidence])
     wrong = preds[0] != targs
     agree = (preds == preds[0]).sum(0) - 1
     shared = wrong & (2*agree > len(preds) - 1)
@@ -318,18 +335,18 @@ COLUMNS = ['file', 'label', 'suggested', 'verdict', 'label_score', 'ambiguity_sc
 def triage_table(
     evidence:list, # of `Evidence`, one for each network; the first one is the network whose mistakes are told apart
     copies:dict=None, # file → the file it is a copy of
-    method:str='margin', # see `label_scores`
+    method:str='odds', # see `label_scores`
     **kwargs, # thresholds of `verdicts`
 ) -> pd.DataFrame: # of `COLUMNS`, most doubtful label first
     "A row for each image: its label, the class that is suggested, a verdict, two scores, the network's own prediction, how many networks are mistaken"
     first,copies = check_evidence(evidence)[0],copies or {}
     names,probs = np.array([str(c) for c in first.classes]),pooled_probs(evidence)
-    doubt,spread = label_scores(probs, first.targs, method),ambiguity_scores(probs)
+    doubt,spread = label_scores(probs, first.targs, method),ambiguity_scores(probs, first.targs)
     of = np.array([copies.get(f, '') for f in first.files], dtype=object)
     said = verdicts(evidence, doubt, spread, of != '', **kwargs)
     other = _own_and_other(probs, first.targs)[2]
     suggested = np.where(said=='label', other, probs.argmax(1))
-    preds = np.stack([o.logits.argmax(1) for o in evidence])
+    preds = np.stack([o.plain.argmax(1) for o in evidence])
     rows = dict(file=first.files, label=names[first.targs], suggested=names[suggested], verdict=said, label_score=doubt.round(6),
                 ambiguity_score=spread.round(6), predicted=names[preds[0]], mistaken=(preds != first.targs).sum(0), copy_of=of)
     order = np.argsort(-doubt, kind='stable')
@@ -346,7 +363,7 @@ def _item_names(dl, root):
 @patch
 def evidence(self:CamInterpretation,
     views:str='flip-translate', # what logits are averaged over: see `look`
-    neighbours:bool=True, # ask the training images too, which takes a pass over them
+    neighbours:bool=False, # ask the training images too, which takes a pass over them
 ) -> Evidence:
     "What this network says of its images. Raises InputError for those that it was trained on"
     train = self.learn.dls.train
@@ -354,13 +371,13 @@ def evidence(self:CamInterpretation,
     seen,votes = look(self.learn.model, self.dl, views),None
     if neighbours:
         known = look(self.learn.model, train, 'plain')
-        votes = neighbour_votes(seen.embeddings, known.embeddings, known.targs, len(self.vocab), min(30, len(known.targs)))
-    return Evidence(_item_names(self.dl, self.learn.dls.path), [str(c) for c in self.vocab], seen.targs, seen.logits, votes)
+        votes = neighbour_votes(seen.embeddings, known.embeddings, known.targs, len(self.vocab), min(100, len(known.targs)))
+    return Evidence(_item_names(self.dl, self.learn.dls.path), [str(c) for c in self.vocab], seen.targs, seen.logits, seen.plain, votes)
 
 # %% ../nbs/17_triage.ipynb #17inte03
 @patch
 def copies(self:CamInterpretation,
-    least:float=.8, # see `find_copies`
+    least:float=.88, # see `find_copies`
 ) -> dict: # file → the file that it is a copy of
     "The images that stand among the training images too, or a second time among themselves"
     root,train = self.learn.dls.path,self.learn.dls.train
@@ -373,7 +390,7 @@ def copies(self:CamInterpretation,
 def triage(self:CamInterpretation,
     others:list=(), # what more networks say: `Evidence`, or interpretations of the same images
     views:str='flip-translate', # what logits are averaged over: see `look`
-    neighbours:bool=True, # ask the training images too, which takes a pass over them
+    neighbours:bool=False, # ask the training images too, which takes a pass over them
     copies:bool=True, # search for copies
     **kwargs, # more for `triage_table`: method and thresholds
 ) -> pd.DataFrame: # see `triage_table`
@@ -554,15 +571,13 @@ def compare_scores(
     evidence:list, # of `Evidence`, with the labels as they are given
     bad:np.ndarray, # N booleans: whose label is wrong
 ) -> pd.DataFrame: # a row for each way to score
-    "Ways to score labels beside chance and the order of the plain losses of the first network"
+    "Ways to score labels beside chance and the order of the first network's plain losses"
     first = evidence[0]
-    plain = softmax(first.logits, 1)
-    ways = {'loss of one network': (plain, 'loss')}
     alone = [Evidence(o.files, o.classes, o.targs, o.logits) for o in evidence]
-    if len(evidence) > 1: ways |= {f'{len(evidence)} networks, {m}': (pooled_probs(alone), m) for m in LABEL_SCORES}
-    else: ways |= {f'one network, {m}': (pooled_probs(alone), m) for m in LABEL_SCORES}
-    if first.votes is not None:
-        ways['neighbours alone'] = np.mean([o.votes for o in evidence], 0),'margin'
-        ways |= {f'with neighbours, {m}': (pooled_probs(evidence), m) for m in LABEL_SCORES}
+    ways = {'loss of the first network': (softmax(first.plain, 1), 'loss')}
+    ways |= {f'views, {m}': (pooled_probs(alone), m) for m in LABEL_SCORES if m != 'cleanlab' or find_spec('cleanlab')}
+    if all(o.votes is not None for o in evidence):
+        ways['neighbours alone, odds'] = np.mean([o.votes for o in evidence], 0),'odds'
+        ways['views and neighbours, odds'] = pooled_probs(evidence),'odds'
     chance = measure_score(np.random.default_rng(0).random(len(bad)), bad)
     return pd.DataFrame([dict(way='chance', **chance), *[dict(way=w, **measure_score(label_scores(p, first.targs, m), bad)) for w,(p,m) in ways.items()]])
