@@ -321,8 +321,7 @@ def verdicts(
     "One of `VERDICTS` for each image. Where several fit, the first of: label, copy, ambiguous, shared, network"
     targs,preds = evidence[0].targs,np.stack([o.plain.argmax(1) for o in evidence])
     wrong = preds[0] != targs
-    agree = (preds == preds[0]).sum(0) - 1
-    shared = wrong & (2*agree > len(preds) - 1)
+    shared = wrong & (2*(preds == preds[0]).sum(0) > len(preds)) & (len(preds) > 1)
     label = doubt >= sure
     if wrong.sum() >= first: label[np.argsort(-doubt, kind='stable')[:first]] = True
     copies = np.zeros(len(targs), bool) if copies is None else copies
