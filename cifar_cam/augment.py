@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TTA', 'ImageTransform', 'PadCrop', 'HorizontalFlip', 'AlternatingFlip', 'Cutout', 'cifar_augment', 'mirrored_views',
-           'shifted_views', 'Albumentations', 'albumentations_augment']
+           'shifted_views', 'Albumentations', 'albumentations_augment', 'load_albumentations']
 
 # %% ../nbs/03_augment.ipynb #03imp1a
 import random
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -135,9 +136,13 @@ def cifar_augment(
     cutout:int=8, # side of the Cutout hole in pixels; 0 for none
     pad:int=4, # pixels that `PadCrop` adds on each side; 0 for no crop
     flip:bool=True, # mirror one image in two
+    mode:str='reflect', # what stands in the border: see `PadCrop`
 ) -> list:
     "Pad-and-crop, flip, Cutout: the `item_tfms` of most of the published experiments"
-    return ([PadCrop(pad)] if pad else []) + ([HorizontalFlip()] if flip else []) + ([Cutout(cutout)] if cutout else [])
+    tfms = [PadCrop(pad, mode)] if pad else []
+    if flip: tfms.append(HorizontalFlip())
+    if cutout: tfms.append(Cutout(cutout))
+    return tfms
 
 # %% ../nbs/03_augment.ipynb #6ec43d01
 def mirrored_views(
@@ -192,3 +197,14 @@ def albumentations_augment(
     return [Albumentations(A.Compose([
         A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size), A.HorizontalFlip(p=0.5),
         A.Affine(translate_percent=(-.0625, .0625), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5), *hole]))]
+
+# %% ../nbs/03_augment.ipynb #03albloa
+def load_albumentations(
+    path:str|Path, # a JSON or YAML file that `A.save` wrote
+) -> Albumentations:
+    "The pipeline in a file of albumentations' own. Raises InputError for a file that is none"
+    import albumentations as A
+    kind = 'yaml' if str(path).endswith(('.yaml', '.yml')) else 'json'
+    try: return Albumentations(A.load(path, data_format=kind))
+    except Exception as e:  # the library has many errors for a file that is not its own
+        raise InputError(f'{path}: is no pipeline of albumentations ({type(e).__name__}: {e}); write it by A.save') from None

@@ -137,6 +137,7 @@ class Residual(nn.Module):
 def davidnet(
     n_out:int=10, # classes
     norm:str='batch', # normalisation: see `norm_layer`
+    scale:float=1/8, # of the logits: Page's; the assignment has none, 1
 ) -> nn.Sequential:
     "Prep 64; layer1 128 + residual; layer2 256; layer3 512 + residual; max-pool; linear: 6,573,130 parameters for 10 classes"
     return nn.Sequential(OrderedDict(
@@ -144,7 +145,7 @@ def davidnet(
         layer1=nn.Sequential(conv_norm(64, 128, norm, pool=True), Residual(128, norm)),
         layer2=conv_norm(128, 256, norm, pool=True),
         layer3=nn.Sequential(conv_norm(256, 512, norm, pool=True), Residual(512, norm)),
-        pool=nn.AdaptiveMaxPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(512, n_out), scale=Scale(1/8)))
+        pool=nn.AdaptiveMaxPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(512, n_out), scale=Scale(scale)))
 
 # %% ../nbs/05_models.ipynb #8de20978
 class Whiten(nn.Conv2d):
@@ -202,7 +203,8 @@ def speednet(
     return model
 
 # %% ../nbs/05_models.ipynb #c21a4b92
-MODELS = dict(resnet18=cifar_resnet18, resnet34=cifar_resnet34, davidnet=davidnet, speednet=speednet)
+MODELS = {'resnet18': cifar_resnet18, 'resnet34': cifar_resnet34, 'davidnet': davidnet, 'speednet': speednet,
+          'davidnet-unscaled': partial(davidnet, scale=1.)}
 
 def build_model(
     arch:str, # a key of `MODELS`

@@ -115,7 +115,8 @@ def draw_shape(
     size:int=32, # side in pixels
 ) -> tuple[Image.Image,Image.Image]: # RGB image; mask, 'L', 255 where at least half of the pixel is object
     "A `name` of random place, size, tilt and colour on a random background. Raises InputError for an unknown `name`"
-    if name not in OUTLINES: raise InputError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}")
+    if name not in OUTLINES:
+        raise InputError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}")
     y,x = (np.mgrid[:size,:size] + .5) / size
     back,back2,obj = _palette(rng)
     img = _background(rng, x, y, back, back2)
@@ -150,7 +151,8 @@ def load_mask(
 ) -> np.ndarray: # h×w booleans, True on the object
     "The object's mask. Raises InputError for an image that has none, such as one of CIFAR-10"
     mask = mask_path(image_path)
-    if not mask.is_file(): raise InputError(f"no mask for {image_path}: only images in a folder made by shapes_path have one")
+    if not mask.is_file():
+        raise InputError(f"no mask for {image_path}: only images in a folder made by shapes_path have one")
     return np.asarray(Image.open(mask)) > 127
 
 # %% ../nbs/01_shapes.ipynb #840efb69
@@ -171,7 +173,8 @@ def _draw_set(root, sizes, seed):
         (draft/'labels.txt').write_text('\n'.join(SHAPES) + '\n')
         try: draft.rename(root)
         except OSError:
-            if not root.exists(): raise # else another process was faster, and its set is the same
+            if not root.exists():
+                raise # else another process was faster, and its set is the same
 
 def _is_whole(root, sizes):
     return all(len(list((root/d/s/name).glob('*.png'))) == n//10
@@ -184,14 +187,18 @@ def shapes_path(
     n_test:int=1000, # images to test on, a multiple of 10
     seed:int=42, # another seed is another set
 ) -> Path: # <path>/shapes10-…, with train/<class>, test/<class> and labels.txt
-    "Draw Shapes10 once; a finished set is reused. Raises InputError for bad sizes or seed, and for a set that lost files"
+    """Draw Shapes10 once; a finished set is reused. Raises InputError for bad sizes or seed, and for a set that lost
+    files"""
     sizes = dict(train=n_train, test=n_test)
     for split,n in sizes.items():
-        if not isinstance(n, int) or n<10 or n%10: raise InputError(f"n_{split}={n}: needs a positive multiple of 10, as there are 10 classes")
-    if not isinstance(seed, int) or seed<0: raise InputError(f"seed={seed}: needs to be 0 or more")
+        if not isinstance(n, int) or n<10 or n%10:
+            raise InputError(f"n_{split}={n}: needs a positive multiple of 10, as there are 10 classes")
+    if not isinstance(seed, int) or seed<0:
+        raise InputError(f"seed={seed}: needs to be 0 or more")
     parent = Path(path or fastai_path('data')).expanduser()
     root = parent/f'shapes10-{_DRAWING}-{n_train}-{n_test}-{seed}'
     with writing(parent):
         if not root.exists(): _draw_set(root, sizes, seed)
-    if not _is_whole(root, sizes): raise InputError(f"{root} has lost files: delete the folder, and it is drawn again")
+    if not _is_whole(root, sizes):
+        raise InputError(f"{root} has lost files: delete the folder, and it is drawn again")
     return root

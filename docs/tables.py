@@ -51,20 +51,24 @@ def row(folder, runs, to):
             percent(with_tta), metrics[0]['epochs'], len(runs), f'{mean([minutes(r) for r in runs]):.0f}', hardware(env)]
 
 def recipes():
-    "The built-in recipes as dictionaries, evaluated from the text of the module"
-    tree = api.Module(ROOT/'cifar_cam'/'recipes.py')
-    code = ast.Module([tree.names['Recipe'], tree.names['RECIPES']], [])
-    names = {}
-    exec('from dataclasses import asdict, dataclass', names)
-    exec(compile(code, 'recipes', 'exec'), dict(names, check_recipe=lambda r: None), found := {})
-    return {k: names['asdict'](r) for k,r in found['RECIPES'].items()}
+    "The built-in recipes as dictionaries, read from the text of the module: this needs no PyTorch"
+    names = api.Module(ROOT/'cifar_cam'/'recipe.py').names
+    fields = {n.target.id: n.value for n in names['Recipe'].body if isinstance(n, ast.AnnAssign)}
+    value = lambda node: eval(compile(ast.Expression(node), 'recipe', 'eval'), {'__builtins__': {}})
+    found = {}
+    for call in ast.walk(names['RECIPES']):
+        if not (isinstance(call, ast.Call) and getattr(call.func, 'id', '')=='Recipe'): continue
+        given = dict(zip(fields, call.args)) | {k.arg: k.value for k in call.keywords}
+        r = {k: value(given.get(k, default)) for k,default in fields.items() if given.get(k, default) is not None}
+        found[r['name']] = r
+    return found
 
 def command(runs):
     "The line that trains `runs` again; None where their recipe is not a built-in one"
     recipe,env = load(runs[0], 'recipe.json'),load(runs[0], 'env.json')
     base = recipes().get(recipe['name'])
     if base is None: return None
-    changed = {k: v for k,v in recipe.items() if base[k]!=v}
+    changed = {k: v for k,v in recipe.items() if base[k]!=v and k not in ('published', 'published_as')}
     options = [f'--{k} {changed.pop(k)}' for k in ('epochs', 'bs') if k in changed] + [f"--set {shlex.quote(f'{k}={v}')}" for k,v in changed.items()]
     options += [f'--runs {len(runs)}']*(len(runs) > 1) + [f"--seed {env['seed']}"]*(env['seed'] > 0) + ['--published-protocol']*env['published_protocol']
     return ' '.join(['cifar-cam train', recipe['name'], *options])
@@ -140,7 +144,7 @@ def pages():
     "Path → text of what is made of the records"
     index = json.loads((ROOT/'nbs'/'index.ipynb').read_text())
     to = '../docs/results/'
-    for mark,t in dict(headline=headline(to), results=results(to, shortest=4)).items():
+    for mark,t in dict(headline=headline(to)).items():
         cell = next(c for c in index['cells'] if f'<!-- {mark} -->\n' in c['source'])
         cell['source'] = filled(''.join(cell['source']), **{mark: t}).splitlines(keepends=True)
     return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), commands=commands(), benchmarks=benchmarks('results/'), scorecards=scorecards('results/')),

@@ -86,8 +86,8 @@ def finished(few, narrow, tmp_path_factory):
     "The folder of a finished run of a narrow network, without figures. To change it, take `run`"
     with pytest.MonkeyPatch.context() as mp:
         mp.setitem(MODELS, 'davidnet', narrow)
-        mp.setattr('cifar_cam.recipes.draw_run', lambda run: None)
-        mp.setattr('cifar_cam.report.write_report', lambda run: None)
+        mp.setattr('cifar_cam.experiment.draw_run', lambda run: None)
+        mp.setattr('cifar_cam.experiment.write_report', lambda run: None)
         return run_recipe('davidnet', few, tmp_path_factory.mktemp('finished'), epochs=1, bs=10, lr=.05, lr_min=.005).path
 
 

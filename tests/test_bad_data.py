@@ -15,10 +15,11 @@ from cifar_cam.core import InputError
 from cifar_cam.images import check_folder, data_checksum, data_path, image_files, NamedImage, open_photo, unpack_images
 from cifar_cam.loaders import cached_images, cifar_dls
 from cifar_cam.interpret import explain_image
-from cifar_cam.run import load_run, save_weights
+from cifar_cam.evaluate import save_weights
+from cifar_cam.run import fit_run, load_run
 from cifar_cam.experiment import run_recipe, train_run
 from cifar_cam.shapes import shapes_path
-import cifar_cam.train as train
+import cifar_cam.learner as train
 from cifar_cam.core import save_atomically
 
 WITH = dict(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, database=None, derandomize=True)
@@ -141,7 +142,7 @@ def deeper(path):
     for f in path.glob('*.png'): f.rename(path/'images'/f.name)
 
 FOLDERS = dict(
-    no_image_in_a_class=(lambda d: [f.unlink() for f in (d/'train'/'star').iterdir()], 'star'), no_train=(lambda d: shutil.rmtree(d/'train'), 'train/'), no_test=(lambda d: shutil.rmtree(d/'test'), 'test/'),
+    no_image_in_a_class=(lambda d: [f.unlink() for f in (d/'train'/'star').iterdir()], 'star'), no_train=(lambda d: shutil.rmtree(d/'train'), 'train/'),
     train_is_a_file=(lambda d: (shutil.rmtree(d/'train'), (d/'train').touch()), 'train/'), class_is_a_file=(lambda d: (shutil.rmtree(d/'test'/'star'), (d/'test'/'star').touch()), 'star'),
     one_class_more=(lambda d: shutil.copytree(d/'train'/'star', d/'train'/'stars'), 'stars'), images_too_deep=(lambda d: deeper(d/'train'/'star'), 'star'),
     no_class_at_all=(lambda d: [shutil.rmtree(c) for c in (d/'train').iterdir()], 'train/'))
@@ -259,7 +260,7 @@ def test_a_disk_that_is_full_before_the_first_checkpoint_leaves_nothing(disk, ru
 
 def test_a_disk_that_is_full_at_a_later_checkpoint_keeps_the_earlier_one_and_the_run_goes_on(disk, run, few, monkeypatch):
     path,fill = disk
-    for f in 'cifar_cam.recipes.draw_run', 'cifar_cam.report.write_report': monkeypatch.setattr(f, lambda run: None)
+    for f in 'cifar_cam.experiment.draw_run', 'cifar_cam.experiment.write_report': monkeypatch.setattr(f, lambda run: None)
     after = train.Checkpoint.after_epoch
     def then_fill(self):
         after(self)
@@ -270,7 +271,7 @@ def test_a_disk_that_is_full_at_a_later_checkpoint_keeps_the_earlier_one_and_the
     [folder] = (path/'runs').iterdir()
     assert torch.load(folder/'checkpoint.pt', weights_only=True)['epochs']==1 and not [f for f in folder.iterdir() if f.name.startswith('.')]
     (path/'ballast').unlink()
-    done = train_run(folder, figures=False)
+    done = fit_run(folder)
     assert done.finished and list(done.history.epoch)==[1, 2]
 
 

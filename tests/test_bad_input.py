@@ -18,7 +18,7 @@ from cifar_cam.interpret import explain_image
 from cifar_cam.recipe import find_recipe, Recipe
 from cifar_cam.run import load_run, new_run_folder
 from cifar_cam.experiment import run_recipe, run_seeds
-from cifar_cam.report import run_command
+from cifar_cam.summary import run_command
 from cifar_cam.schedule import Plateau
 from cifar_cam.core import writing
 from cifar_cam.shapes import load_mask, shapes_path

@@ -14,7 +14,7 @@ from cifar_cam.cli import main
 from cifar_cam.core import remove_leftovers
 from cifar_cam.loaders import cached_images
 from cifar_cam.models import MODELS
-from cifar_cam.run import load_run, new_run_folder
+from cifar_cam.run import fit_run, load_run, new_run_folder
 from cifar_cam.shapes import shapes_path
 from cifar_cam.learner import SeedEpochs
 
@@ -271,8 +271,8 @@ def test_a_diverged_training_stops_and_keeps_the_last_good_checkpoint(bench, tmp
     assert not load_run(path).finished and not list(path.rglob('.*'))
     # a cause that was outside the run, as a faulty device is: it goes on
     monkeypatch.setitem(MODELS, 'tiny', lambda **k: nn.Sequential(*tiny()[:2], Trouble(0, trouble), *tiny()[2:]))
-    from cifar_cam.experiment import train_run
-    assert len(train_run(path, figures=False).history) == 3
+    from cifar_cam.run import fit_run
+    assert len(fit_run(path).history) == 3
 
 
 def test_too_little_memory_names_half_the_batch(bench, tmp_path, monkeypatch, capsys):
@@ -303,7 +303,7 @@ def images_of(home, data, monkeypatch):
     "As `cached_images` has them from its file: nothing may be decoded"
     from fastai.data.external import fastai_cfg
     monkeypatch.setitem(fastai_cfg().d, 'data', str(home))
-    monkeypatch.setattr('cifar_cam.data.read_images', lambda *_: pytest.fail('decoded again'))
+    monkeypatch.setattr('cifar_cam.loaders.read_images', lambda *_: pytest.fail('decoded again'))
     return cached_images(data)
 
 

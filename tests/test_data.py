@@ -8,7 +8,7 @@ from fastai.data.external import fastai_path
 from fastai.vision.all import PILImage, RandomResizedCrop, Resize, Rotate, TensorImage, Transform
 from PIL import Image
 
-import cifar_cam.data as data
+import cifar_cam.images as data
 from cifar_cam.augment import albumentations_augment, cifar_augment, Cutout, HorizontalFlip
 from cifar_cam.core import InputError
 from cifar_cam.images import (check_cifar, CIFAR10, cifar_path, data_checksum, data_path, hold_out_splitter,
@@ -319,7 +319,7 @@ def cached(tmp_path, shapes):
 def one_cache(root): return [f for f in (fastai_path('data')/'cifar_cam-cache').iterdir() if f.name.startswith(hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16])]
 
 
-def no_decoding(monkeypatch): monkeypatch.setattr('cifar_cam.data.read_images', lambda *_: pytest.fail('decoded again'))
+def no_decoding(monkeypatch): monkeypatch.setattr('cifar_cam.loaders.read_images', lambda *_: pytest.fail('decoded again'))
 
 
 def test_images_are_decoded_once_and_in_the_order_of_the_files(cached, monkeypatch):
@@ -334,9 +334,9 @@ def test_images_are_decoded_once_and_in_the_order_of_the_files(cached, monkeypat
 def test_a_changed_folder_is_noticed(cached, change):
     root,images,files = cached
     f = image_files(root)[0]
-    if change_recipe == 'pixels': Image.new('RGB', (32, 32), (9, 9, 9)).save(f)
-    if change_recipe == 'more': shutil.copy(f, f.with_name('again.png'))
-    if change_recipe == 'moved': f.rename(f.parent.parent/'star'/'moved.png')
+    if change == 'pixels': Image.new('RGB', (32, 32), (9, 9, 9)).save(f)
+    if change == 'more': shutil.copy(f, f.with_name('again.png'))
+    if change == 'moved': f.rename(f.parent.parent/'star'/'moved.png')
     again = cached_images(root)
     assert again.shape != images.shape or not torch.equal(again, images)
     assert one_cache(root) == files and torch.equal(cached_images(root), again)
@@ -355,7 +355,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_lost(shapes, tmp_
     def full(tensors, file, metadata):
         Path(file).write_bytes(b'half')
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('cifar_cam.data.save_file', full)
+    monkeypatch.setattr('cifar_cam.loaders.save_file', full)
     root = Path(shutil.copytree(shapes, tmp_path/'s'))
     with pytest.warns(UserWarning, match='disk is full'): images = cached_images(root)
     assert images.shape == (400, 3, 32, 32) and not one_cache(root)

@@ -28,8 +28,8 @@ TINY = textwrap.dedent('''
     from cifar_cam.models import MODELS
     MODELS['tiny'] = lambda n_out=10, norm='batch': nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU(),
                                                                   nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, n_out))
-    cifar_cam.train.has_bf16 = lambda device: False
-    cifar_cam.recipes.draw_run = cifar_cam.report.write_report = lambda run: None
+    cifar_cam.learner.has_bf16 = lambda device: False
+    cifar_cam.experiment.draw_run = cifar_cam.report.write_report = lambda run: None
 ''')
 SETTINGS = dict(name='tiny', arch='tiny', epochs=3, bs=32, augment='none', schedule='plateau', patience=1, keep_best=True, hold_out=.09)
 TWO = TINY + textwrap.dedent('''
@@ -70,7 +70,7 @@ TWO = TINY + textwrap.dedent('''
     except InputError as e: note['diverged'] = str(e)
     StopOnNaN.after_loss = check
     note['seeds'] = run_seeds(r, data, out, 5, 3, epochs=1, lr=.02).name
-    cifar_cam.train.has_bf16 = lambda device: True
+    cifar_cam.learner.has_bf16 = lambda device: True
     dtypes.clear()
     run = run_recipe(r, data, out/'bf16', epochs=1, lr=.02)
     note['dtypes'] = sorted({dtype for training,dtype in dtypes if training})

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from cifar_cam import data
+from cifar_cam import images
 from cifar_cam.models import MODELS
 from cifar_cam.experiment import run_recipe
 from cifar_cam.shapes import shapes_path
@@ -37,7 +37,7 @@ def test_an_experiment_opens_in_colab_and_installs_only_when_needed(notebook):
 def test_an_experiment_runs_on_drawn_images_by_one_changed_line(notebook, narrow, tmp_path, tmp_path_factory, monkeypatch):
     if notebook.stem=='resnet18-onecycle': pytest.importorskip('tensorboard')
     home = tmp_path_factory.getbasetemp()/'fastai'
-    monkeypatch.setattr(data, 'shapes_path', lambda: shapes_path(home, n_train=600, n_test=100))
+    monkeypatch.setattr(images, 'shapes_path', lambda: shapes_path(home, n_train=600, n_test=100))
     for arch in 'resnet18', 'davidnet': monkeypatch.setitem(MODELS, arch, narrow)
     monkeypatch.chdir(tmp_path)
     cells,names = code(notebook),{}

@@ -12,7 +12,8 @@ from cifar_cam.cli import main
 from cifar_cam.core import InputError
 from cifar_cam.loaders import cached_images
 from cifar_cam.interpret import explain_image
-from cifar_cam.run import load_run, load_weights
+from cifar_cam.evaluate import load_weights
+from cifar_cam.run import fit_run, load_run
 from cifar_cam.experiment import run_recipe, train_run
 from cifar_cam.share import push_to_hub
 from cifar_cam.report import compare_runs, write_report
@@ -102,14 +103,14 @@ def test_a_checkpoint_of_another_training_is_refused(run, spoil):
 
 
 def test_a_checkpoint_sets_nothing_but_what_watchers_watch(few, run, tmp_path, monkeypatch):
-    for f in 'cifar_cam.recipes.draw_run', 'cifar_cam.report.write_report': monkeypatch.setattr(f, lambda run: None)
+    for f in 'cifar_cam.experiment.draw_run', 'cifar_cam.experiment.write_report': monkeypatch.setattr(f, lambda run: None)
     made = run_recipe('davidnet', few, tmp_path/'o', epochs=1, bs=10, lr=.05, keep_best=True, schedule='constant').path
     (made/'metrics.json').unlink()
     state = torch.load(made/'checkpoint.pt', weights_only=True)
     name, = state['watchers']
     state['watchers'][name] |= dict(path=str(tmp_path/'elsewhere'), after_epoch=3)
     torch.save(dict(state, epochs=0), made/'checkpoint.pt')
-    assert train_run(made, figures=False).finished and not (tmp_path/'elsewhere').exists()
+    assert fit_run(made).finished and not (tmp_path/'elsewhere').exists()
 
 
 # --- nothing outside is read or written

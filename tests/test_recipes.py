@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastai.vision.all import Callback, nn
 
-from cifar_cam import recipes
+from cifar_cam import recipe as recipes, run as run_module
 from cifar_cam.cli import main
 from cifar_cam.core import InputError
 from cifar_cam.images import CIFAR10, image_files
@@ -17,8 +17,8 @@ from cifar_cam.report import write_report
 from cifar_cam.shapes import shapes_path
 from cifar_cam.recipe import (change_recipe, chooses, find_recipe, load_published, read_recipe, Recipe, recipe_dls,
                               recipe_learner, recipe_table, RECIPES)
-from cifar_cam.run import (accuracy_interval, calibration_error, evaluate_learner, load_run, load_weights,
-                           new_run_folder, Run)
+from cifar_cam.evaluate import accuracy_interval, calibration_error, evaluate_learner, load_weights
+from cifar_cam.run import load_run, new_run_folder, Run
 from cifar_cam.experiment import plot_curves, run_recipe, run_seeds, seed_summary, train_run, train_seeds
 from cifar_cam.optimizers import OPTIMIZERS
 from cifar_cam.learner import Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, SeedEpochs
@@ -110,7 +110,7 @@ def test_the_published_protocol_is_said_wherever_its_accuracy_is(shapes, tmp_pat
 
 
 def test_the_published_protocol_chooses_by_the_test_images_everywhere(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr('cifar_cam.train.has_bf16', lambda device: False)   # while training, bfloat16 may see an image otherwise than float32 afterwards
+    monkeypatch.setattr('cifar_cam.learner.has_bf16', lambda device: False)   # while training, bfloat16 may see an image otherwise than float32 afterwards
     r = tiny_recipe(epochs=1, keep_best=True)
     run = run_recipe(r, shapes, tmp_path/'one', published_protocol=True)
     assert [len(dl.dataset) for dl in run.dls.loaders] == [300, 100] and 'test_accuracy' not in run.history
@@ -133,9 +133,9 @@ def test_the_learner_and_the_loaders_are_what_the_recipe_says(shapes):
     assert recipe_learner(tiny_recipe(arch='speednet'), dls)._grab_cbs(FreezeWhitening)
     tfms = lambda **changes: {type(t).__name__: t for t in recipe_dls(tiny_recipe(**changes), shapes).train.after_batch.fs}
     usual,turns,none = tfms(cutout=11),tfms(augment='alternating', cutout=0),tfms(augment='none')
-    assert usual['PadCrop'].pad == 4 and usual['Cutout'].size == 11 and 'Flip' in usual
-    assert turns['PadCrop'].pad == 2 and 'AlternatingFlip' in turns and not {'Flip', 'Cutout'} & turns.keys()
-    assert not {'PadCrop', 'Flip', 'Cutout', 'AlternatingFlip'} & none.keys()
+    assert usual['PadCrop'].pad == 4 and usual['Cutout'].size == 11 and 'HorizontalFlip' in usual
+    assert turns['PadCrop'].pad == 2 and 'AlternatingFlip' in turns and not {'HorizontalFlip', 'Cutout'} & turns.keys()
+    assert not {'PadCrop', 'HorizontalFlip', 'Cutout', 'AlternatingFlip'} & none.keys()
 
 
 @pytest.mark.parametrize('schedule, share', [('linear', lambda t: 1 - t), ('cosine', lambda t: (1 + np.cos(np.pi*t))/2), ('constant', np.ones_like), ('one-cycle', None),
@@ -219,7 +219,7 @@ def test_the_report_of_a_renamed_recipe_and_of_an_older_run(shapes, tmp_path, mo
     run = run_recipe(tiny_recipe(epochs=1, published=91.77, published_as='best of 50'), shapes, tmp_path)
     page = (run.path/'report.html').read_text()
     assert 'The published experiment reached 91.77' in page and 'this run is not' not in page
-    older = {k: v for k,v in run.metrics.items() if k not in recipes._OPTIONAL}
+    older = {k: v for k,v in run.metrics.items() if k not in ('accuracy_tta', 'tta')}
     (run.path/'metrics.json').write_text(json.dumps(older))
     assert 'flip and shift' not in write_report(run.path).read_text()
 
@@ -244,7 +244,7 @@ def test_the_published_curve_is_drawn_behind_ours(shapes, tmp_path, monkeypatch,
 
 
 def test_the_last_row_of_the_history_is_what_is_measured_in_the_end(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr('cifar_cam.train.has_bf16', lambda device: False)
+    monkeypatch.setattr('cifar_cam.learner.has_bf16', lambda device: False)
     held,whole = (run_recipe(tiny_recipe(schedule=s), shapes, tmp_path/s) for s in ('plateau', 'one-cycle'))
     last,valid = held.history.iloc[-1],evaluate_learner(held.learn, held.dls[1])
     assert valid['images'] == 30 and last.valid_accuracy == pytest.approx(valid['accuracy'], abs=1e-6)
@@ -287,7 +287,7 @@ def test_only_the_further_views_are_computed_in_bfloat16(shapes, tmp_path):
 
 
 def test_the_best_epoch_is_kept(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr('cifar_cam.train.has_bf16', lambda device: False)   # while training, bfloat16 may see an image otherwise than float32 afterwards
+    monkeypatch.setattr('cifar_cam.learner.has_bf16', lambda device: False)   # while training, bfloat16 may see an image otherwise than float32 afterwards
     before = SeedEpochs.before_train
     def spoil(self):
         before(self)
@@ -302,7 +302,7 @@ def test_the_best_epoch_is_kept(shapes, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('last', [0, 2])   # before and after the whitening's bias is frozen
 def test_a_speed_run_goes_on_to_the_same_numbers(shapes, tmp_path, monkeypatch, last):
-    for f in 'cifar_cam.recipes.draw_run', 'cifar_cam.report.write_report': monkeypatch.setattr(f, lambda run: None)
+    for f in 'cifar_cam.experiment.draw_run', 'cifar_cam.experiment.write_report': monkeypatch.setattr(f, lambda run: None)
     class Dead(BaseException): pass
     r,save = change_recipe(RECIPES['speedrun'], epochs=4, bs=60, lr=.05, resize='16,16,32,32'),Checkpoint.after_epoch
     whole = run_recipe(r, shapes, tmp_path/'whole')
@@ -383,12 +383,12 @@ def test_several_seeds_go_on_where_they_were_interrupted(shapes, tmp_path, monke
     class Stop(Callback):
         def after_batch(self):
             if self.training and (self.epoch, self.iter) == (1, 2) and self.path.name != first[0]: raise KeyboardInterrupt
-    first,plain = [],recipes.recipe_learner
+    first,plain = [],run_module.recipe_learner
     def learner(*args, path=None, **kwargs):
         first.append(path.name)
         return plain(*args, path=path, **kwargs, cbs=[Stop()])
     with monkeypatch.context() as mp:
-        mp.setattr(recipes, 'recipe_learner', learner)
+        mp.setattr(run_module, 'recipe_learner', learner)
         with pytest.raises(KeyboardInterrupt, match=r'--resume .*/tiny-3-seeds-[\d-]*`'): run_seeds(tiny_recipe(), shapes, tmp_path/'cut', seed=5, runs=3, lr=.02)
     path, = (tmp_path/'cut').iterdir()
     assert len([*path.glob('*/metrics.json')]) == 1 and len([*path.glob('*/checkpoint.pt')]) == 2

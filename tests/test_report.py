@@ -14,10 +14,11 @@ from cifar_cam.core import InputError
 from cifar_cam.panels import overlay
 from cifar_cam.models import MODELS
 from cifar_cam.recipe import change_recipe, find_recipe, Recipe
-from cifar_cam.run import calibration_error, evaluate_learner, load_run, load_weights, save_weights
+from cifar_cam.evaluate import calibration_error, evaluate_learner, load_weights, save_weights
+from cifar_cam.run import load_run
 from cifar_cam.experiment import run_recipe
-from cifar_cam.report import (class_table, compare_runs, paired_difference, pick_images, reliability, run_command,
-                              write_report)
+from cifar_cam.summary import class_table, paired_difference, reliability, run_command
+from cifar_cam.report import compare_runs, pick_images, write_report
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 EVIL = ['<img src=x onerror=alert(1)>', '"\'onmouseover=alert(1)', '{{7*7}}&amp;', 'plain']
@@ -51,7 +52,7 @@ def tiny_arch():
 def train(data, out, **changes):
     "A run without figures, in a second"
     mp = pytest.MonkeyPatch()
-    mp.setattr('cifar_cam.recipes.draw_run', lambda run: None)
+    mp.setattr('cifar_cam.experiment.draw_run', lambda run: None)
     kwargs = {k: changes.pop(k) for k in ('seed', 'published_protocol') if k in changes}
     try: return run_recipe(Recipe(**{**dict(name='tiny', arch='tiny', epochs=3, bs=8, lr=.05, lr_min=.005), **changes}), data, out, **kwargs)
     finally: mp.undo()

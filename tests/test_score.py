@@ -12,7 +12,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from scipy.stats import bootstrap, spearmanr
 from torch import nn
 
-from cifar_cam import score as S
+from cifar_cam import measures, shapes as S
 from cifar_cam.core import InputError
 from cifar_cam.loaders import cifar_dls
 from cifar_cam.interpret import CamInterpretation
