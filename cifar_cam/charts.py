@@ -44,7 +44,8 @@ def chart_dots(
     ylim:tuple, # low and high of the y axis
 ) -> str: # SVG
     "A dot at each point"
-    return ''.join(f'M{chart_place(x, *xlim):g} {100 - chart_place(y, *ylim):g}h0' for x,y in zip(xs, ys) if isfinite(y))
+    return ''.join(f'M{chart_place(x, *xlim):g} {100 - chart_place(y, *ylim):g}h0' for x,y in zip(xs, ys)
+                   if isfinite(y))
 
 # %% ../nbs/19c_charts.ipynb #19cpan0
 def chart_panel(
