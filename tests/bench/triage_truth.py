@@ -1,0 +1,81 @@
+"""How well triage finds what we spoilt ourselves: python tests/bench/triage_truth.py flips|copies|crossfit --json PATH [--logits NPZ] [--data cifar10]
+
+flips: labels of a test set flipped by seed, and what was said of its images before (`Evidence.save`): no data, no network, seconds.
+copies: training images of Shapes10 moved by a pixel, mirrored and saved as JPEG, among images that are none.
+crossfit: training labels of CIFAR-10 flipped by seed, found by networks that have not seen them: folds × a training of the recipe."""
+import argparse, json, tempfile
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from cifar_cam.triage import Evidence, compare_scores, copied, find_copies, flip_labels, load_evidence, measure_score, recall_at, read_triage, thumbnails
+
+SIMILAR = {3: 5, 5: 3, 1: 9, 9: 1, 0: 8, 8: 0, 4: 7, 7: 4}  # cat and dog, automobile and truck, airplane and ship, deer and horse
+HERE = 'docs/results/speedrun-3-seeds/speedrun-20261123-082237/logits.npz'
+
+
+def flips(logits=(HERE,), shares=(.01, .03, .1), seeds=(0, 1, 2)):
+    "A row for each share, way of flipping, seed and way of scoring"
+    kept,rows = [load_evidence(f) for f in logits],[]
+    first = kept[0]
+    for share in shares:
+        for name,similar in ('any class', None), ('similar class', SIMILAR):
+            for seed in seeds if share==.03 else seeds[:1]:
+                given = flip_labels(first.targs, share, len(first.classes), seed, similar)
+                table = compare_scores([Evidence(o.files, o.classes, given, o.logits, o.plain) for o in kept], given != first.targs)
+                rows += [dict(share=share, flipped_to=name, seed=seed, **r) for r in table.to_dict('records')]
+    return rows
+
+
+def copies(n=600, seed=1):
+    "Recall of each kind of copy, and false alarms"
+    from cifar_cam.loaders import cifar_dls
+    from cifar_cam.shapes import shapes_path
+    with tempfile.TemporaryDirectory() as tmp:
+        dls = cifar_dls(shapes_path(tmp), device='cpu')
+        train,test = thumbnails(dls.train),thumbnails(dls.valid)
+    rng = np.random.default_rng(seed)
+    i,how = rng.choice(len(train), n, replace=False),np.array(['moved', 'mirrored', 'saved'])[np.arange(n)%3]
+    again = np.stack([np.asarray(copied(Image.fromarray(train[k].transpose(1, 2, 0)), h, rng)).transpose(2, 0, 1) for k,h in zip(i, how)])
+    start = perf_counter()
+    found = find_copies(np.concatenate([again, test]), train, least=-1).set_index('image')
+    seconds,alike = perf_counter() - start,np.full(n + len(test), -1.)
+    alike[found.index] = found.likeness
+    right = np.array([k in found.index and found.copy_of[k]==of for k,of in enumerate(i)])
+    made,taken = np.arange(len(alike)) < n,alike >= .88
+    return dict(made=n, not_made=len(test), recall=float((right & taken[:n]).mean()), recall_by_kind={h: float((right & taken[:n])[how==h].mean()) for h in sorted({*how})},
+                false_alarms=int(taken[n:].sum()), recall_at_precision_99=recall_at(alike, made), seconds=round(seconds, 1))
+
+
+def crossfit(data='cifar10', share=.03, seeds=(0, 1, 2), folds=5, recipe='speedrun', out='runs'):
+    "A row for each seed"
+    from cifar_cam.crossfit import crossfit
+    from cifar_cam.images import data_path
+    from cifar_cam.triage import doubtful_set
+    rows = []
+    for seed in seeds:
+        spoilt = doubtful_set(Path(out)/f'spoilt-{share}-{seed}', data_path(data), share, 0, 0, seed, split='train')
+        path = crossfit(recipe, spoilt, folds, out, seed)
+        wrong = pd.read_csv(spoilt/'truth.csv').file
+        table = read_triage(path)
+        rows.append(dict(share=share, seed=seed, folds=folds, recipe=recipe, **measure_score(table.label_score.to_numpy(), table.file.isin(wrong).to_numpy())))
+    return rows
+
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('what', choices=['flips', 'copies', 'crossfit'])
+    p.add_argument('--json', help='the file that gets the record')
+    p.add_argument('--logits', nargs='+', default=[HERE])
+    p.add_argument('--data', default='cifar10')
+    p.add_argument('--share', type=float, default=.03)
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    a = p.parse_args()
+    made = dict(flips=lambda: flips(a.logits, seeds=a.seeds), copies=copies, crossfit=lambda: crossfit(a.data, a.share, a.seeds))[a.what]()
+    record = dict(command=f'python tests/bench/triage_truth.py {a.what}', result=made)
+    text = json.dumps(record, indent=1) + '\n'
+    if a.json: Path(a.json).write_text(text)
+    print(text if a.what != 'flips' else pd.DataFrame(made).groupby(['share', 'flipped_to', 'way'])[['precision', 'area']].mean().round(3).to_string())

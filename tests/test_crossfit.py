@@ -1,0 +1,183 @@
+"""Cross-fitting: folds that share nothing, failures that lose nothing, decisions that touch nothing"""
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cifar_cam import crossfit as X
+from cifar_cam.core import InputError, sha256
+from cifar_cam.crossfit import (crossfit, crossfit_command, crossfit_evidence, fold_dls, fold_splitter, resume_crossfit, run_evidence, suspects_page,
+                                triage_command, triage_runs)
+from cifar_cam.images import image_files
+from cifar_cam.loaders import cifar_dls, read_decisions
+from cifar_cam.models import MODELS
+from cifar_cam.recipe import find_recipe
+from cifar_cam.run import fit_run, load_run
+from cifar_cam.triage import COLUMNS, VERDICTS, load_evidence, read_triage
+
+QUICK = dict(epochs=2, bs=20, lr=.05, lr_min=.005)
+
+@pytest.fixture
+def quick(narrow, monkeypatch): monkeypatch.setitem(MODELS, 'davidnet', narrow)
+
+@pytest.fixture(scope='module')
+def folded(colours, narrow, tmp_path_factory):
+    "Three folds over the images of one colour"
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setitem(MODELS, 'davidnet', narrow)
+        return crossfit('davidnet', colours, 3, tmp_path_factory.mktemp('folded'), **QUICK)
+
+def files(path): return {f.relative_to(path).as_posix(): f.read_bytes() for f in sorted(path.rglob('*')) if f.is_file()}
+
+
+# Folds
+
+@pytest.mark.parametrize('hold_out', [0, .1])
+def test_each_training_image_is_in_one_fold_and_no_network_saw_its_fold(colours, hold_out):
+    items = image_files(colours)
+    splits = [fold_splitter(4, k, 3, hold_out)(items) for k in range(4)]
+    assert sorted(i for s in splits for i in s[-2]) == [i for i,f in enumerate(items) if f.parent.parent.name=='train']
+    for s in splits:
+        parts = [set(p) for p in s]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == len(items)
+        assert all(items[i].parent.parent.name=='test' for i in s[-1]) and len(s) == (4 if hold_out else 3)
+        assert {items[i].parent.name: 0 for i in s[-2]}.keys() == {'blue', 'green', 'grey', 'red'}
+
+def test_a_recipe_that_chooses_an_epoch_does_not_choose_it_by_the_fold(colours):
+    assert len(fold_dls(find_recipe('davidnet', bs=10), colours, 2, 0).loaders) == 3
+    assert len(fold_dls(find_recipe('davidnet', bs=10, keep_best=True), colours, 2, 0).loaders) == 4
+
+def test_all_training_images_are_judged_once_in_the_order_of_their_names(folded, colours):
+    e = crossfit_evidence(folded)
+    assert e.files == sorted(f.relative_to(colours).as_posix() for f in image_files(colours) if f.parent.parent.name=='train')
+    assert [e.classes[t] for t in e.targs] == [f.split('/')[1] for f in e.files]
+    table = read_triage(folded)
+    assert len(table) == 160 and list(table) == COLUMNS and set(table.verdict) <= {*VERDICTS, ''}
+    assert json.loads((folded/'triage.json').read_text())['images_of'] == 'train'
+
+def test_a_killed_fold_is_trained_again_and_the_others_are_not(folded, quick, tmp_path):
+    import shutil
+    path = Path(shutil.copytree(folded, tmp_path/'again'))
+    before = files(path)
+    for name in 'fold-1.npz', 'triage.csv', 'triage.json': (path/name).unlink()
+    (path/f'.fold-1.npz.{"0"*16}.999999999.tmp').write_bytes(b'half')
+    with pytest.raises(InputError, match='fold 2 of 3 is missing.*--resume'): crossfit_evidence(path)
+    resume_crossfit(path)
+    assert files(path) == before  # the same bits on the same machine
+
+def test_a_fold_that_fails_says_which_and_keeps_the_others(colours, quick, tmp_path, monkeypatch):
+    real = X.fit_recipe
+    def fails(learn, r, lrs):
+        if (next(tmp_path.glob('davidnet*'))/'fold-0.npz').exists(): raise InputError('the loss is nan in epoch 0, step 3: try a lower one')
+        real(learn, r, lrs)
+    monkeypatch.setattr(X, 'fit_recipe', fails)
+    with pytest.raises(InputError, match=r'fold 2 of 2: the loss is nan.*--resume') as e: crossfit('davidnet', colours, 2, tmp_path, **QUICK)
+    assert '\n' not in str(e.value)
+    path = next(tmp_path.glob('davidnet*'))
+    assert {f.name for f in path.iterdir()} >= {'crossfit.json', 'fold-0.npz', 'test-0.npz'} and not (path/'triage.csv').exists()
+    monkeypatch.setattr(X, 'fit_recipe', real)
+    assert (resume_crossfit(path)/'triage.csv').exists()
+
+@pytest.mark.parametrize('folds, says', [(1, 'between 2 and 100'), (41, 'choose fewer folds')])
+def test_folds_that_cannot_be_leave_nothing_behind(colours, quick, tmp_path, folds, says):
+    with pytest.raises(InputError, match=says): crossfit('davidnet', colours, folds, tmp_path/'out', **QUICK)
+    assert not (tmp_path/'out').exists()
+
+def test_other_images_are_noticed(folded, tmp_path):
+    import shutil
+    path = Path(shutil.copytree(folded, tmp_path/'again'))
+    plan = json.loads((path/'crossfit.json').read_text())
+    (path/'crossfit.json').write_text(json.dumps(dict(plan, data_checksum='0')))
+    with pytest.raises(InputError, match='are not the images'): resume_crossfit(path)
+    with pytest.raises(InputError, match='crossfit.json'): resume_crossfit(tmp_path)
+
+
+# Decisions
+
+def test_decisions_change_the_labels_that_are_trained_on_and_nothing_on_disk(colours, tmp_path):
+    before,table = files(colours),tmp_path/'decisions.csv'
+    table.write_text('file,decision,label\ntrain/blue/0.png,relabel,red\ntrain/blue/1.png,drop,\ntrain/blue/2.png,keep,red\n')
+    for memory in True, False:
+        dls = cifar_dls(colours, bs=10, labels=table, in_memory=memory, device='cpu')
+        given = {f.relative_to(colours).as_posix(): dls.vocab[int(y)] for f,y in zip(dls.train.items, dls.train_ds.tls[1])}
+        assert given['train/blue/0.png'] == 'red' and given['train/blue/2.png'] == 'blue' and 'train/blue/1.png' not in given
+        assert len(given) == 159 and len(dls.valid_ds) == 40
+    assert files(colours) == before
+
+@pytest.mark.parametrize('row, says', [
+    ('train/blue/0.png,relabel,pink', "line 2: label='pink'"), ('train/blue/0.png,maybe,', 'keep, relabel or drop'), ('train/blue/99.png,drop,', 'no training image'),
+    ('test/blue/0.png,relabel,red', 'no training image'), ('../secret.png,drop,', 'no training image'), (',,', 'keep, relabel or drop')])
+def test_a_decision_that_cannot_be_is_named(colours, tmp_path, row, says):
+    (tmp_path/'d.csv').write_text(f'file,decision,label\n{row}\n')
+    with pytest.raises(InputError, match=says) as e: cifar_dls(colours, bs=10, labels=tmp_path/'d.csv')
+    assert '\n' not in str(e.value)
+
+def test_a_class_that_loses_all_its_images_is_named(colours, tmp_path):
+    (tmp_path/'d.csv').write_text('file,decision,label\n' + ''.join(f'train/red/{i}.png,drop,\n' for i in range(40)))
+    with pytest.raises(InputError, match='no training image of red is left'): read_decisions(tmp_path/'d.csv', colours)
+    with pytest.raises(InputError, match='cannot be read'): read_decisions(tmp_path/'none.csv', colours)
+
+def test_a_run_keeps_the_decisions_it_was_trained_with(colours, quick, tmp_path, monkeypatch):
+    from cifar_cam import experiment
+    monkeypatch.setattr(experiment, 'train_run', fit_run)
+    (tmp_path/'d.csv').write_text('file,decision,label\ntrain/blue/0.png,relabel,red\ntrain/blue/1.png,drop,\n')
+    run = experiment.run_recipe('davidnet', colours, tmp_path/'runs', labels=tmp_path/'d.csv', **QUICK)
+    assert run.env['labels_checksum'] == sha256(tmp_path/'d.csv') == sha256(run.path/'labels.csv')
+    (tmp_path/'d.csv').unlink()
+    assert len(load_run(run.path).dls.train_ds) == 159
+    (run.path/'labels.csv').write_text('file,decision,label\n')
+    with pytest.raises(InputError, match='are not the decisions'): load_run(run.path).dls
+    with pytest.raises(InputError, match='cannot be read'): experiment.run_recipe('davidnet', colours, tmp_path/'other', labels=tmp_path/'none.csv', **QUICK)
+    assert not (tmp_path/'other').exists()
+
+def test_the_page_holds_the_images_and_cannot_be_broken_by_a_name(folded, colours, tmp_path):
+    table = read_triage(folded)
+    table.loc[0, ['label', 'suggested']] = ['a</script>', 'b"']
+    page = suspects_page(table[:3], colours, tmp_path/'s.html').read_text()
+    assert page.count('data:image/png;base64,') == (table[:3].suggested != table[:3].label).sum() and page.count('</script>') == 1
+    same = table.assign(suggested=table.label)
+    with pytest.raises(InputError, match='nothing to decide'): suspects_page(same, colours, tmp_path/'t.html')
+
+
+# Runs
+
+@pytest.fixture(scope='module')
+def two(colours, narrow, tmp_path_factory):
+    "Two seeds of a narrow network"
+    from cifar_cam import experiment
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setitem(MODELS, 'davidnet', narrow)
+        mp.setattr(experiment, 'train_run', fit_run)
+        return [experiment.run_recipe('davidnet', colours, tmp_path_factory.mktemp('two'), s, **QUICK).path for s in (0, 1)]
+
+def test_triage_of_runs_keeps_what_the_networks_say(two, folded, quick, colours, capsys):
+    triage_command([*map(str, two), str(folded)])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == str(two[0]) and 'mistakes' in said[-2]
+    table,told = read_triage(two[0]),json.loads((two[0]/'triage.json').read_text())
+    assert len(table) == 40 and told['networks'] == 5 and sum(told['mistakes_by_verdict'].values()) == told['mistakes']
+    for p in two: assert len(load_evidence(p/'logits.npz').files) == 40
+    assert len(run_evidence(folded)) == 3
+
+def test_runs_on_other_images_are_refused_before_anything_is_written(two, quick, tmp_path, few, monkeypatch):
+    from cifar_cam import experiment
+    monkeypatch.setattr(experiment, 'train_run', fit_run)
+    other = experiment.run_recipe('davidnet', few, tmp_path, epochs=1, bs=10, lr=.05, lr_min=.005).path
+    with pytest.raises(InputError, match='other classes') as e: triage_runs([two[0], other], tmp_path/'out')
+    assert '\n' not in str(e.value) and not (tmp_path/'out').exists()
+
+def test_an_unfinished_run_and_no_run_are_refused(two, quick, tmp_path):
+    import shutil
+    path = Path(shutil.copytree(two[1], tmp_path/'half', ignore=shutil.ignore_patterns('metrics.json', 'logits.npz')))
+    with pytest.raises(InputError, match='not finished'): triage_runs([path])
+    with pytest.raises(InputError, match='no run folder'): triage_runs([tmp_path/'nothing'])
+    with pytest.raises(InputError, match='name a recipe'): crossfit_command()
+
+def test_the_command_writes_the_page_of_suspects(folded, capsys):
+    table = read_triage(folded)
+    crossfit_command(resume=str(folded))
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == str(folded)
+    assert (folded/'suspects.html').exists() == (table.suggested != table.label).any()
