@@ -21,6 +21,7 @@ from cifar_cam.learner import *
 from cifar_cam.forward import *
 from cifar_cam.layers import *
 from cifar_cam.targets import *
+from cifar_cam.attention import *
 from cifar_cam.cam import *
 from cifar_cam.panels import *
 from cifar_cam.predictions import *
@@ -28,6 +29,7 @@ from cifar_cam.interpret import *
 from cifar_cam.photo import *
 from cifar_cam.measures import *
 from cifar_cam.scorecard import *
+from cifar_cam.triage import *
 from cifar_cam.recipe import *
 from cifar_cam.evaluate import *
 from cifar_cam.history import *
@@ -37,6 +39,7 @@ from cifar_cam.charts import *
 from cifar_cam.report import *
 from cifar_cam.experiment import *
 from cifar_cam.share import *
+from cifar_cam.crossfit import *
 from cifar_cam.inputs import *
 from cifar_cam.page import *
 from cifar_cam.predict import *

@@ -19,7 +19,8 @@ from fastai.vision.all import DataLoaders
 from sklearn.model_selection import StratifiedKFold
 
 from .core import check_seed, InputError, remove_leftovers, save_atomically, write_json
-from .images import data_checksum, data_path, open_photo
+from .photos import open_photo
+from .images import data_checksum, data_path
 from .interpret import CamInterpretation
 from .triage import Evidence, load_evidence, read_triage, save_triage, triage_table
 from .recipe import change_recipe, chooses, find_recipe, fit_recipe, pick_lrs, Recipe, recipe_dls, recipe_learner
