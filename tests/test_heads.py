@@ -137,7 +137,8 @@ def test_sets_that_a_gallery_cannot_show(files, tmp_path):
     learn = learner(loaders(files), net(2), CrossEntropyLossFlat(), path=tmp_path)
     empty = learn.dls.new_empty().valid
     with pytest.raises(InputError, match='no images'): CamInterpretation.from_learner(learn, dl=empty)
-    regression = learner(loaders(files, lambda f: float(len(f.name)), RegressionBlock), net(1), L1LossFlat())
+    numbers = DataBlock((ImageBlock, RegressionBlock), get_y=lambda f: float(f.stat().st_size)).dataloaders(files, bs=8, num_workers=0, device='cpu')
+    regression = learner(numbers, net(1), L1LossFlat())
     with pytest.raises(InputError, match='as that of a regression'): CamInterpretation.from_learner(regression)
     with pytest.raises(InputError, match='as that of a regression'): explain_image(regression, files[0])
     class Two(nn.Module):
