@@ -106,7 +106,8 @@ def _boxes(m, name, seen, sizes, found):
     elif any(m.children()):
         for k,child in m.named_children(): _boxes(child, name or k, seen, sizes, found)
     elif _weighs(m) or not found or isinstance(m, _POOLS) and name != found[-1][0]:
-        if shape: found.append([name, 'linear' if isinstance(m, nn.Linear) else 'conv' if _weighs(m) else 'pool', shape, n, 1])
+        kind = 'linear' if isinstance(m, nn.Linear) else 'conv' if _weighs(m) else 'pool'
+        if shape: found.append([name, kind, shape, n, 1])
     else:
         found[-1][3] += n
         if isinstance(m, _POOLS): found[-1][2] = shape
@@ -123,7 +124,8 @@ def _network_boxes(model, size):
     try:
         model.eval()
         with torch.no_grad():
-            model(torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device))
+            x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+            model(x.to(next(model.parameters()).device))
             for h in handles: h.remove()
             _boxes(model, '', seen, sizes, found)
     finally:
@@ -133,7 +135,8 @@ def _network_boxes(model, size):
 
 # %% ../nbs/05_models.ipynb #05box3
 _FILLS = dict(conv='#8fb4d9', block='#4477aa', pool='0.85', linear='#ddaa55')
-_NAMES = dict(conv='convolution, with its norm, activation and pooling', block='block with a skip around it', pool='pooling', linear='linear')
+_NAMES = dict(conv='convolution, with its norm, activation and pooling', block='block with a skip around it',
+              pool='pooling', linear='linear')
 
 def plot_network(
     model:nn.Module, # any network of images
@@ -152,13 +155,16 @@ def plot_network(
         first,_,total = spans.get(stage, (x, x, 0))
         spans[stage] = (first, x + w, total + count)
         x += w
-    for stage,(a,b,count) in spans.items(): _name_stage(ax, stage, (a + b)/2, tall, [o for o in boxes if o[0]==stage], count)
+    for stage,(a,b,count) in spans.items():
+        _name_stage(ax, stage, (a + b)/2, tall, [o for o in boxes if o[0]==stage], count)
     ax.set(xlim=(-.8, x + .8), ylim=(-tall/2 - 1.5, tall/2 + 2.9))
     ax.axis('off')
     kinds = [k for k in _FILLS if any(b[1]==k for b in boxes)]
     squares = [plt.Rectangle((0, 0), 1, 1, fc=_FILLS[k]) for k in kinds]
-    fig.legend(squares, [_NAMES[k] for k in kinds], loc='outside lower left', ncols=len(kinds), fontsize=8, frameon=False, handlelength=1)
-    title = f'{type(model).__name__}: {count_parameters(model):,} trained parameters; over each stage its output, beneath it its parameters'
+    fig.legend(squares, [_NAMES[k] for k in kinds], loc='outside lower left', ncols=len(kinds), fontsize=8, frameon=False,
+               handlelength=1)
+    total = f'{type(model).__name__}: {count_parameters(model):,} trained parameters'
+    title = f'{total}; over each stage its output, beneath it its parameters'
     ax.set_title(title, fontsize=9, loc='left', color='0.3')
     return fig
 
@@ -171,7 +177,7 @@ def _draw_skip(ax, x, w, h):
 def _name_stage(ax, stage, x, tall, boxes, count):
     blocks,shape = sum(b[1]=='block' for b in boxes),boxes[-1][2]
     words = f'{stage}: {blocks} block{"s"*(blocks > 1)}' if blocks else stage
-    ax.text(x, tall/2 + 1.1, '\n'.join([words, '×'.join(map(str, shape))]), ha='center', va='bottom', fontsize=8, linespacing=1.15)
+    ax.text(x, tall/2 + 1.1, f'{words}\n{"×".join(map(str, shape))}', ha='center', va='bottom', fontsize=8, linespacing=1.15)
     ax.text(x, -tall/2 - .4, f'{count:,}' if count else '', ha='center', va='top', fontsize=7.5, color='0.35')
 
 # %% ../nbs/05_models.ipynb #a3a5dfed

@@ -21,7 +21,7 @@ from cifar_cam.core import InputError
 from cifar_cam.interpret import CamInterpretation
 from cifar_cam.panels import drawable, new_figure
 from cifar_cam.photo import explain_image
-from cifar_cam.predictions import class_index, class_probs
+from cifar_cam.heads import class_index, class_probs
 from cifar_cam.shapes import shapes_path
 
 
