@@ -25,6 +25,7 @@ from cifar_cam.interpret import *
 from cifar_cam.photo import *
 from cifar_cam.measures import *
 from cifar_cam.scorecard import *
+from cifar_cam.triage import *
 from cifar_cam.recipe import *
 from cifar_cam.evaluate import *
 from cifar_cam.history import *
@@ -34,6 +35,7 @@ from cifar_cam.charts import *
 from cifar_cam.report import *
 from cifar_cam.experiment import *
 from cifar_cam.share import *
+from cifar_cam.crossfit import *
 
 
 def __getattr__(name):
