@@ -15,9 +15,12 @@ from cifar_cam.optimizers import *
 from cifar_cam.schedule import *
 from cifar_cam.precision import *
 from cifar_cam.parallel import *
+from cifar_cam.callbacks import *
+from cifar_cam.recorder import *
 from cifar_cam.learner import *
 from cifar_cam.forward import *
 from cifar_cam.layers import *
+from cifar_cam.targets import *
 from cifar_cam.cam import *
 from cifar_cam.panels import *
 from cifar_cam.predictions import *
@@ -36,6 +39,15 @@ from cifar_cam.report import *
 from cifar_cam.experiment import *
 from cifar_cam.share import *
 from cifar_cam.crossfit import *
+from cifar_cam.inputs import *
+from cifar_cam.page import *
+from cifar_cam.predict import *
+from cifar_cam.validate import *
+from cifar_cam.export import *
+from cifar_cam.space import *
+from cifar_cam.search import *
+from cifar_cam.sweep import *
+from cifar_cam.checks import *
 
 
 def __getattr__(name):

@@ -152,23 +152,25 @@ def stored_png(
 # %% ../nbs/01c_batches.ipynb #45566870
 class _ClassFolders:
     "Writes images as <part>/<class>/<name>; a name that was there before gets its batch before it"
-    def __init__(self, root): self.root,self.folders,self.written = root,{},set()
+    def __init__(self, root, source): self.root,self.source,self.folders,self.written = root,source,{},set()
     def write(self, split, label, name, batch, image):
-        folder = self.root/split/_folder_name(label)
+        folder = self.root/split/self._name(label)
         if self.folders.setdefault(folder, label) != label:
-            raise InputError(f'the classes {label!r} and {self.folders[folder]!r} would be one folder; rename one')
+            twins = f'{label!r} and {self.folders[folder]!r}'
+            raise InputError(f'{self.source}: the classes {twins} would be one folder; rename one')
         if (folder, name) in self.written: name = f'{batch}_{name}'
-        if (folder, name) in self.written: raise InputError(f'{batch}: the file name {name} is there twice')
+        if (folder, name) in self.written:
+            raise InputError(f'{self.source}: the file name {name} is there twice; rename one')
         if not self.written: self.root.mkdir(exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.written.add((folder, name))
         (folder/name).write_bytes(image)
 
-def _folder_name(label):
-    name = re.sub(r'[/\\\0]', '-', label).strip()
-    if not name or name.startswith('.') or not name.isprintable() or len(os.fsencode(name)) > 200:
-        raise InputError(f'the class name {label!r} cannot be the name of a folder; rename it')
-    return name
+    def _name(self, label):
+        name = re.sub(r'[/\\\0]', '-', label).strip()
+        if not name or name.startswith('.') or not name.isprintable() or len(os.fsencode(name)) > 200:
+            raise InputError(f'{self.source}: the class name {label!r} cannot be the name of a folder; rename it')
+        return name
 
 def _progress(items): return progress_bar(items, leave=False) if len(items) > 2000 else items
 
@@ -188,7 +190,7 @@ def write_batches(
     if labels == 'coarse' and needed is _TEN: raise InputError(f'{path}: CIFAR-10 has no coarse labels')
     key = 'label' if needed is _TEN else f'{labels}_label'
     classes = _class_names(path/needed[-1], f'{key}_names')
-    folders = _ClassFolders(out)
+    folders = _ClassFolders(out, path)
     for name in needed[:-1]:
         images,targets,files = read_batch(path/name, classes, f'{key}s')
         split = 'test' if 'test' in name else 'train'
@@ -297,7 +299,7 @@ def write_parquet(
     labels:str='fine', # see `read_parquet`
 ):
     "Write the images of parquet files as they are, byte for byte. Raises InputError as `read_parquet` does"
-    folders = _ClassFolders(out)
+    folders = _ClassFolders(out, path)
     for split,files in parquet_files(path).items():
         if split == 'test' and _unlabelled(files, labels): continue  # left for `predict`
         for f in files:

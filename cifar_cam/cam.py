@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
+from .attention import attention_rollout
 from .core import InputError
 from .forward import as_input, find_logits, main_tensor, shape_grids, swap_tensor, trace_layers, untouched, unwrap
 from .layers import cam_layer, find_layer, map_sizes
@@ -46,18 +47,19 @@ def head_leaf(
 METHODS = {'gradcam':'GradCAM', 'hirescam':'HiResCAM', 'gradcam++':'GradCAMPlusPlus', 'xgradcam':'XGradCAM', 'layercam':'LayerCAM',
            'eigencam':'EigenCAM', 'eigengradcam':'EigenGradCAM', 'elementwise':'GradCAMElementWise', 'kpca':'KPCA_CAM', 'fem':'FEM',
            'fullgrad':'FullGrad', 'scorecam':'ScoreCAM', 'ablationcam':'AblationCAM', 'shapleycam':'ShapleyCAM',
-           'finercam':'FinerCAM', 'refinecam':'RefineCAM', 'randomcam':'RandomCAM'}
+           'finercam':'FinerCAM', 'refinecam':'RefineCAM', 'randomcam':'RandomCAM', 'segeigencam':'SegEigenCAM'}
 
 def _plain(name): return str(name).lower().replace('_', '').replace('-', '')
 
 def cam_method(
-    method:str, # a key of `METHODS` or the library's class name, in any case
-) -> tuple: # (key of `METHODS`, the library's class)
-    "A method of pytorch-grad-cam by name. Raises InputError that lists those the installed version has"
+    method:str, # a key of `METHODS`, the library's class name or 'rollout', in any case
+) -> tuple: # (key of `METHODS`, the library's class); for attention rollout ('rollout', `attention_rollout`)
+    "A method of pytorch-grad-cam by name, or attention rollout. Raises InputError that lists those the installed version has"
     import pytorch_grad_cam as lib
+    if _plain(method) in ('rollout', 'attentionrollout'): return 'rollout',attention_rollout
     for key,cls in METHODS.items():
         if _plain(method) in (key, _plain(cls)) and hasattr(lib, cls): return key,getattr(lib, cls)
-    there = ', '.join(k for k,c in METHODS.items() if hasattr(lib, c))
+    there = ', '.join([k for k,c in METHODS.items() if hasattr(lib, c)] + ['rollout'])
     raise InputError(f"no CAM method {method!r} in the installed pytorch-grad-cam: choose one of {there}")
 
 # %% ../nbs/12_cam.ipynb #3046a6b4
@@ -293,10 +295,10 @@ def _images(model, xb):
 # %% ../nbs/12_cam.ipynb #21e22ec6
 def _check_options(key, cls, given):
     "Raises TypeError for an option that the method does not have"
-    own = set(signature(cls).parameters) - {'self', 'model', 'target_layers', 'reshape_transform', 'kwargs'}
+    own = set(signature(cls).parameters) - {'x', 'output', 'self', 'model', 'target_layers', 'reshape_transform', 'kwargs'}
     if key == 'finercam': own |= {'alpha', 'comparison_categories'}
     if key in ('scorecam', 'ablationcam', 'fullgrad'): own.add('batch_size')
-    if key not in ('fullgrad', 'refinecam'): own.add('eigen_smooth')
+    if key not in ('fullgrad', 'refinecam', 'rollout'): own.add('eigen_smooth')
     bad,there = (', '.join(sorted(s)) for s in (set(given) - own, own))
     if bad: raise TypeError(f"{key} has no option {bad}: its options are {there or 'none'}")
 
@@ -335,11 +337,12 @@ def cam_maps(
     with untouched(model):
         net = _Float32(model, output, are_functions(targets))
         q = _Question(net, x, ask_about(targets, vocab, finer), min_px, output, reshape)
-        if key == 'fullgrad': found = [_fullgrad_maps(model, q, cls, **kwargs)]
+        if key == 'rollout': found = [attention_rollout(model, x, output)]
+        elif key == 'fullgrad': found = [_fullgrad_maps(model, q, cls, **kwargs)]
         else: found = [_layer_maps(model, q, core, base, n, **kwargs) for n in _target_layers(model, x, key, layer, min_px, output)]
         if key == 'refinecam': found = [_refine_maps(cls, found, x.shape[-2:])]
     preds = found[-1][1]
-    return _finished([m for m,_ in found], preds[:, 1:] if net.one and not net.anything else preds, x.shape[-2:], raw)
+    return _finished([m for m,_ in found], preds[:, -1:] if net.one else preds, x.shape[-2:], raw)
 
 def _finished(raws, preds, size, raw):
     maps,blank = scale_maps(raws[0], size) if len(raws) == 1 else mean_maps(raws, size)

@@ -21,7 +21,7 @@ from fastcore.script import anno_parser, store_true
 from . import __version__
 from .core import InputError, save_atomically
 from .parallel import one_process, say_once
-from .interpret import explain_image
+from .photo import explain_image
 from .scorecard import CAM_METHODS, score_run
 from .recipe import (find_recipe, pick_lrs, Recipe, recipe_dls, recipe_learner, recipe_modules, recipe_table,
                               show_recipe)
@@ -32,33 +32,6 @@ from .share import pretrained_run
 
 _Setting = Annotated[str, {'action':'append', 'metavar':'KEY=VALUE'}]
 _Module = Annotated[str, {'action':'append', 'metavar':'FILE.py'}]
-
-# %% ../nbs/24_cli.ipynb #930db698
-import argparse, errno, os, signal, sys, threading
-from contextlib import contextmanager
-from inspect import signature
-from pathlib import Path
-
-import fastprogress.fastprogress as fastprogress
-import matplotlib
-import matplotlib.pyplot as plt
-from fastai.vision.all import rank_distrib
-from fastcore.script import anno_parser, store_true
-from typing import Annotated
-
-from . import __version__
-from .core import InputError
-from .interpret import explain_image
-from .recipe import find_recipe, pick_lrs, Recipe, recipe_dls, recipe_learner, recipe_table
-from .run import folder_for, load_run
-from .experiment import run_recipe, run_seeds, train_run, train_seeds
-from .share import pretrained_run
-from .report import compare_runs, write_report
-from .scorecard import CAM_METHODS, score_run
-from .core import save_atomically
-from .parallel import one_process, say_once
-
-_Setting = Annotated[str, {'action':'append', 'metavar':'KEY=VALUE'}]
 
 # %% ../nbs/24_cli.ipynb #24usemod
 def _use_modules(paths):

@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from .core import InputError
-from .cam import cam_maps, find_layer, unwrap
+from .forward import unwrap
+from .layers import find_layer
+from .cam import cam_maps
 from .panels import draw_cam, draw_image, message_figure, Panels, short_number
 from .predictions import class_index, Predictions, TwoClasses
 

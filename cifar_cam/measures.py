@@ -22,7 +22,9 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from .core import InputError
-from .cam import cam_maps, find_layer, map_sizes, untouched, unwrap
+from .forward import untouched, unwrap
+from .layers import find_layer, map_sizes
+from .cam import cam_maps
 
 # %% ../nbs/15_measures.ipynb #8a2110e8
 @contextmanager

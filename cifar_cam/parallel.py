@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_process', 'join_processes', 'leave_processes', 'from_first', 'from_all', 'say_once', 'shard_loader',
-           'whole_batch', 'GatherBatches', 'data_parallel']
+           'whole_batch', 'data_parallel']
 
 # %% ../nbs/09_parallel.ipynb #09imp1p
 import os
@@ -42,7 +42,8 @@ def join_processes(
     if dist.is_initialized(): return
     gpu = int(os.environ.get('LOCAL_RANK', 0))
     if gpu < torch.cuda.device_count(): torch.cuda.set_device(gpu)
-    store = dist.PrefixStore(f'meeting {next(_meetings)}', _store())  # a second meeting must not find the addresses of the first
+    # a second meeting must not find the addresses of the first
+    store = dist.PrefixStore(f'meeting {next(_meetings)}', _store())
     dist.init_process_group(store=store, rank=rank_distrib(), world_size=num_distrib(), timeout=timedelta(hours=hours))
 
 def leave_processes():
@@ -117,7 +118,7 @@ def whole_batch(
     return torch.cat(parts)[:min(dl.bs, dl.n - i*dl.bs)]
 
 # %% ../nbs/09_parallel.ipynb #f87c55ba
-class GatherBatches(Callback):
+class _GatherBatches(Callback):
     "Predictions and targets of whole batches while validating in several processes"
     run_train = False
     def after_pred(self):
@@ -128,7 +129,7 @@ class GatherBatches(Callback):
 def data_parallel(
     learn:Learner, # of this process
 ):
-    "Inside, `learn` trains together with those of the other processes of the launcher, beginning with the first one's weights"
+    "Inside, `learn` trains together with the launcher's other processes, beginning with the first one's weights"
     n,rank,gpu = num_distrib(),rank_distrib(),learn.dls.device.type=='cuda'
     if n < 2:
         yield
@@ -140,7 +141,7 @@ def data_parallel(
                                           device_ids=[learn.dls.device] if gpu else None)
     learn.dls.loaders = [shard_loader(dl, rank, n) for dl in loaders]
     with ExitStack() as stack:
-        stack.enter_context(learn.added_cbs(GatherBatches()))
+        stack.enter_context(learn.added_cbs(_GatherBatches()))
         if rank: stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
         try: yield
         finally: learn.model,learn.dls.loaders = get_model(learn.model),loaders

@@ -15,8 +15,10 @@ from fastai.vision.all import Learner, Normalize
 from torch import nn
 
 from .core import InputError
-from .images import open_photo, Squeeze
-from .cam import cam_maps, find_layer, untouched, unwrap
+from .photos import open_photo, Squeeze
+from .forward import untouched, unwrap
+from .layers import find_layer
+from .cam import cam_maps
 from .panels import cut_text, draw_cam, new_figure, short_number
 from .predictions import class_index, class_probs, image_batches, TwoClasses
 

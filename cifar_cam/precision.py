@@ -10,7 +10,7 @@ import ctypes, platform
 from contextlib import ContextDecorator
 
 import torch
-from fastai.vision.all import Callback
+from fastai.vision.all import Callback, to_float
 
 # %% ../nbs/08_precision.ipynb #742478b8
 def has_bf16(
@@ -33,7 +33,7 @@ class Bf16(Callback):
         forward = torch.autocast(device, torch.bfloat16)(self.model.forward)
         # An attribute of the instance hides the method of the class; deleting it brings the method back. A compiled model has one of its own.
         self.wrapped = vars(self.model),vars(self.model).get('forward')
-        self.wrapped[0]['forward'] = lambda x: forward(x.contiguous(memory_format=torch.channels_last)).float()
+        self.wrapped[0]['forward'] = lambda x: to_float(forward(x.contiguous(memory_format=torch.channels_last)))  # of one output or several
     def _unwrap(self):
         if self.wrapped is None: return
         (attributes,own),self.wrapped = self.wrapped,None

@@ -54,7 +54,7 @@ def class_probs(
     act = act or _activation(loss_func)
     if not one and (out.ndim != 2 or out.shape[1] != n):
         shape = '×'.join(map(str, out.shape[1:])) or 'no'
-        raise InputError(f'{shape} outputs for {n} classes: train a network of {n} outputs, or pass the vocab that this one knows')
+        raise InputError(f'{n} class names for a network of {shape} outputs: pass the vocab that it was trained with')
     probs = act(out.float().view(len(out), -1))
     said = getattr(loss_func, 'decodes', noop)(probs)
     if one and n==2 and (probs==1).all() and not (out > 16).all(): # a softmax of one number

@@ -23,7 +23,8 @@ from matplotlib import colormaps
 from . import __version__
 from .core import InputError, save_atomically
 from .models import count_parameters
-from .interpret import CamInterpretation, take_turns
+from .predictions import take_turns
+from .interpret import CamInterpretation
 from .scorecard import METRICS
 from .recipe import chooses, RECIPES
 from .run import load_run, Run

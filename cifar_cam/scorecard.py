@@ -25,7 +25,9 @@ from .interpret import CamInterpretation
 from .measures import (bootstrap_interval, cascade, deletion_insertion, energy_inside, grid_maps, grid_pg,
                                 montage, pick_montages, pointing_game, positive_maps, randomised, rank_correlation,
                                 road, target_probs)
-from .cam import cam_layer, cam_method, find_layer, unwrap
+from .forward import unwrap
+from .layers import cam_layer, find_layer
+from .cam import cam_method
 
 # %% ../nbs/16_scorecard.ipynb #e013449b
 METRICS = dict(energy='energy in object ↑', energy_other='energy, other mask', pointing='pointing game ↑',

@@ -12,9 +12,11 @@ from PIL import Image
 
 from cifar_cam.cli import main
 from cifar_cam.core import InputError
-from cifar_cam.images import check_folder, data_checksum, data_path, image_files, NamedImage, open_photo, unpack_images
+from cifar_cam.photos import NamedImage, open_photo
+from cifar_cam.formats import unpack_images
+from cifar_cam.images import check_folder, data_checksum, data_path, image_files
 from cifar_cam.loaders import cached_images, cifar_dls
-from cifar_cam.interpret import explain_image
+from cifar_cam.photo import explain_image
 from cifar_cam.evaluate import save_weights
 from cifar_cam.run import fit_run, load_run
 from cifar_cam.experiment import run_recipe, train_run

@@ -12,7 +12,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 from torchvision.models import resnet50, vgg11_bn
 
-from cifar_cam import cam as C
+from cifar_cam import cam as C, forward
 from cifar_cam.cam import all_cams, cam_layer, cam_maps, cam_method, METHODS, scale_maps
 from cifar_cam.models import cifar_resnet18, davidnet
 
@@ -148,7 +148,7 @@ def test_resnet18_equals_the_library_on_images_that_are_not_square():
 
 
 def test_eigen_smooth_is_the_librarys(model, xb):
-    assert (cam_maps(model, xb, eigen_smooth=True).maps - library(model, xb, 'gradcam', eigen_smooth=True)).abs().max() <= 1e-4
+    assert (cam_maps(model, xb, 'gradcam', eigen_smooth=True).maps - library(model, xb, 'gradcam', eigen_smooth=True)).abs().max() <= 1e-4
 
 
 def test_captum_agrees_on_gradcam(model, xb):
@@ -203,8 +203,20 @@ def test_wrong_targets_are_one_clear_line(targets, vocab, says, model, xb):
     assert '\n' not in str(e.value)
 
 
-def test_runner_up_of_one_class(xb):
-    with pytest.raises(ValueError, match='two classes'): cam_maps(tiny(1), xb, targets='runner-up')
+def test_one_logit_has_two_classes(xb):
+    "The library's own target for one logit asks with a sign; here the classes are 0 and 1, by name too"
+    from pytorch_grad_cam.utils.model_targets import BinaryClassifierOutputTarget
+    m = tiny(1)
+    maps = lambda t, **kw: cam_maps(m, xb, 'gradcam', 's2', targets=t, raw=True, **kw)
+    for c in 0, 1:
+        with pytorch_grad_cam.GradCAM(m, [m.s2]) as cam: want = torch.from_numpy(cam(xb, [BinaryClassifierOutputTarget(c)]*5))
+        assert (scale_maps(maps(c).maps, (32, 32))[0] - want).abs().max() <= 1e-4
+    assert torch.equal(maps(0).maps, -maps(1).maps) and maps(1).preds.shape == (5, 1)
+    assert torch.equal(maps('cat', vocab=['dog', 'cat']).maps, maps(1).maps)
+    assert torch.equal(maps('cat', vocab=['cat']).maps, maps(1).maps)
+    sign = maps(1).preds[:, 0] > 0
+    assert torch.equal(maps(None).maps, maps(sign.long()).maps)
+    assert torch.equal(maps('runner-up').maps, maps((~sign).long()).maps)
 
 
 @pytest.mark.parametrize('key', ['scorecam', 'ablationcam', 'fullgrad', 'refinecam', 'shapleycam', 'finercam'])
@@ -337,7 +349,7 @@ class Wrapper(nn.Module):
     def forward(self, x): return self.net(x)
 
 @pytest.mark.parametrize('make,at32,at64', [
-    (cifar_resnet18, 'layer3', 'layer4'), (davidnet, 'layer2', 'layer3'), (tiny, 's2', 's3'), (body_head, '0.6', '0.7'),
+    (cifar_resnet18, 'layer3', 'layer4'), (davidnet, 'layer2', 'layer3'), (tiny, 's2', 's3'), (body_head, '0.6', '0'),
     (lambda: Wrapper(cifar_resnet18()), 'net.layer3', 'net.layer4'), (lambda: nn.DataParallel(cifar_resnet18()), 'layer3', 'layer4'),
     (lambda: torch.compile(cifar_resnet18(), backend='eager'), 'layer3', 'layer4'), (lambda: resnet50(weights=None), 'layer1', 'layer2')])
 def test_auto_layer(make, at32, at64):
@@ -375,7 +387,7 @@ def test_layers_that_cannot_be(model, xb):
     with pytest.raises(ValueError, match='N×C×H×W'): cam_maps(model, xb, layer='fc')
     with pytest.raises(ValueError, match='no N×C×H×W map'): cam_layer(model, 'fc')
     with pytest.raises(ValueError, match='runs 2 times'): cam_maps(cifar_resnet18(), xb, layer='layer3.0.relu')
-    with pytest.raises(ValueError, match='only refinecam'): cam_maps(model, xb, layer=['s1', 's2'])
+    with pytest.raises(ValueError, match='no layer'): cam_maps(model, xb, layer=['s1', 's9'])
     assert cam_maps(model, xb, 'refinecam', layer=['s1', 's2']).maps.shape == (5, 32, 32)
 
     class Side(nn.Module): # a layer the logits do not depend on
@@ -404,7 +416,7 @@ def test_methods_by_any_name(monkeypatch):
 def test_options_go_to_the_library_and_unknown_ones_are_named(model, xb):
     assert (cam_maps(model, xb, 'fem', k=0).maps - cam_maps(model, xb, 'fem', k=2).maps).abs().max() > 1e-3
     assert (cam_maps(model, xb, 'refinecam', base_method='gradcam').maps - cam_maps(model, xb, 'refinecam').maps).abs().max() > 1e-3
-    with pytest.raises(TypeError, match="gradcam has no option target: its options are eigen_smooth"): cam_maps(model, xb, target=1)
+    with pytest.raises(TypeError, match="hirescam has no option target: its options are eigen_smooth"): cam_maps(model, xb, target=1)
 
 
 @pytest.mark.parametrize('key', ['scorecam', 'ablationcam', 'fullgrad'])
@@ -571,7 +583,7 @@ def test_all_cams(model, xb):
 
 def test_all_cams_looks_for_the_layer_once_and_waits_for_its_turn(model, xb, monkeypatch):
     calls = []
-    monkeypatch.setattr(C, 'map_sizes', lambda *a, f=C.map_sizes: calls.append(1) or f(*a))
+    monkeypatch.setattr(forward, 'LayerTrace', lambda *a, f=forward.LayerTrace: calls.append(1) or f(*a))
     gen = all_cams(model, [xb, xb, xb], progress=False)
     assert not calls
     assert len(list(gen)) == 3 and len(calls) == 1

@@ -11,8 +11,8 @@ from PIL import Image
 import cifar_cam.images as data
 from cifar_cam.augment import albumentations_augment, cifar_augment, Cutout, HorizontalFlip
 from cifar_cam.core import InputError
-from cifar_cam.images import (check_cifar, CIFAR10, cifar_path, data_checksum, data_path, hold_out_splitter,
-                              image_files, unpack_images)
+from cifar_cam.formats import unpack_images
+from cifar_cam.images import check_cifar, CIFAR10, cifar_path, data_checksum, data_path, hold_out_splitter, image_files
 from cifar_cam.loaders import cached_images, cifar_dls, MemoryDL
 
 

@@ -22,23 +22,25 @@ from cifar_cam.parallel import from_first, one_process, shard_loader
 # A network whose numbers do not depend on which images stand beside one another, and a run without its pictures
 TINY = textwrap.dedent('''
     import matplotlib; matplotlib.use('Agg')
-    import cifar_cam.recipes, cifar_cam.report, cifar_cam.train
+    import cifar_cam.experiment, cifar_cam.learner, cifar_cam.run
     import fastprogress.fastprogress; fastprogress.fastprogress.NO_BAR = True
     from torch import nn
     from cifar_cam.models import MODELS
     MODELS['tiny'] = lambda n_out=10, norm='batch': nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU(),
                                                                   nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, n_out))
     cifar_cam.learner.has_bf16 = lambda device: False
-    cifar_cam.experiment.draw_run = cifar_cam.report.write_report = lambda run: None
+    cifar_cam.experiment.draw_run = cifar_cam.experiment.write_report = lambda run: None
 ''')
 SETTINGS = dict(name='tiny', arch='tiny', epochs=3, bs=32, augment='none', schedule='plateau', patience=1, keep_best=True, hold_out=.09)
 TWO = TINY + textwrap.dedent('''
     import json, os, sys, torch
     from pathlib import Path
     from fastai.vision.all import Callback, rank_distrib
-    from cifar_cam.recipes import *
-    from cifar_cam.data import InputError
-    from cifar_cam.train import SeedEpochs, StopOnNaN
+    from cifar_cam.core import InputError
+    from cifar_cam.experiment import run_recipe, run_seeds, train_run
+    from cifar_cam.learner import SeedEpochs
+    from cifar_cam.callbacks import StopOnNaN
+    from cifar_cam.recipe import Recipe
     from cifar_cam.cli import main
     data,out,stopped = map(Path, sys.argv[1:])
     rank,r,note,states = rank_distrib(),RECIPE,{},[]
@@ -49,13 +51,13 @@ TWO = TINY + textwrap.dedent('''
         states.append((torch.initial_seed(), self.dls.train.rng.getstate()[1][:3]))
     SeedEpochs.before_train = before_train
 
-    learns,dtypes,fit = [],[],cifar_cam.recipes.fit_recipe
+    learns,dtypes,fit = [],[],cifar_cam.run.fit_recipe
     def fit_recipe(learn, *args):
         learns.append(learn)
-        hook = cifar_cam.train.get_model(learn.model)[0].register_forward_hook(lambda module, inputs, out: dtypes.append((module.training, str(out.dtype))))
+        hook = cifar_cam.run.get_model(learn.model)[0].register_forward_hook(lambda module, inputs, out: dtypes.append((module.training, str(out.dtype))))
         fit(learn, *args)
         hook.remove()
-    cifar_cam.recipes.fit_recipe = fit_recipe
+    cifar_cam.run.fit_recipe = fit_recipe
     run = run_recipe(r, data, out/'together')
     [learn] = learns
     note.update(folder=run.path.name, states=states[-r.epochs:], values=[list(v) for v in learn.recorder.values], lrs=learn.recorder.lrs,
@@ -146,11 +148,11 @@ def test_one_process_does_not_wait_for_others_and_the_first_writes(tmp_path, mon
 @pytest.fixture(scope='module')
 def tiny():
     "The same network and runs without pictures in this process"
-    import cifar_cam.recipes, cifar_cam.report, cifar_cam.train
+    import cifar_cam.experiment, cifar_cam.learner
     import fastprogress.fastprogress as fastprogress
     with pytest.MonkeyPatch.context() as mp:
         mp.setitem(MODELS, 'tiny', None)
-        for m,name in (cifar_cam.recipes, 'draw_run'), (cifar_cam.report, 'write_report'), (cifar_cam.train, 'has_bf16'), (fastprogress, 'NO_BAR'):
+        for m,name in (cifar_cam.experiment, 'draw_run'), (cifar_cam.experiment, 'write_report'), (cifar_cam.learner, 'has_bf16'), (fastprogress, 'NO_BAR'):
             mp.setattr(m, name, None)
         exec(TINY, {})
         yield
@@ -276,8 +278,9 @@ def test_a_killed_worker_ends_all_and_the_run_goes_on_in_one_process_or_three(sh
     script = tmp_path/'killed.py'
     script.write_text(TINY + textwrap.dedent(f'''
         import os, signal, sys
-        from cifar_cam.recipes import *
-        from cifar_cam.train import StopOnNaN
+        from cifar_cam.experiment import run_recipe, train_run
+        from cifar_cam.callbacks import StopOnNaN
+        from cifar_cam.recipe import Recipe
         check = StopOnNaN.after_loss
         def after_loss(self):
             if len(sys.argv)==1 and self.rank and self.epoch==1 and self.iter==3: os.kill(os.getpid(), signal.SIGKILL)

@@ -30,7 +30,7 @@ def test_a_notebook_of_calls_has_no_definition(notebook):
 def test_an_experiment_opens_in_colab_and_installs_only_when_needed(notebook):
     [repository] = re.findall('Repository = "https://github.com/(.*)"', (ROOT/'pyproject.toml').read_text())
     assert f'https://colab.research.google.com/github/{repository}/blob/main/nbs/experiments/{notebook.name}' in notebook.read_text()
-    assert code(notebook)[0]=='try: import cifar_cam\nexcept ImportError:\n    pass' and '%pip install -q cifar_cam' in notebook.read_text()
+    assert code(notebook)[0]==code(ROOT/'nbs'/'000_tour.ipynb')[0] and f"'git+https://github.com/{repository}'" in code(notebook)[0]
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)

@@ -162,7 +162,7 @@ def planted(path): return path.write_text('ran')
 
 EVIL = dict(system=lambda p: Call(os.system, f'touch {p}'), eval=lambda p: Call(eval, f'open({str(p)!r}, "w")'), write=lambda p: Call(planted, p), open=lambda p: Call(open, str(p), 'w'),
             load=lambda p: Call(np.load, str(p)), numpy_by_prefix=lambda p: Call(np.savetxt, str(p), [1]), encode=lambda p: Call(__import__('_codecs').encode, 'x', 'rot13'),
-            objects=lambda p: np.array([Call(os.system, f'touch {p}')], dtype=object), getattr=lambda p: Call(getattr, os, 'system'))
+            objects=lambda p: np.array([Call(os.system, f'touch {p}')], dtype=object), getattr=lambda p: Call(getattr, 'x', 'upper'))
 
 @pytest.mark.parametrize('case', EVIL)
 @pytest.mark.parametrize('protocol', [2, 5])
@@ -553,7 +553,7 @@ FORMS = dict(batches=lambda p: ten(p, 10), kaggle=kaggle, classes=lambda p: draw
 def test_every_form_in_memory_item_by_item_and_cached(tmp_path, form):
     (tmp_path/'d').mkdir()
     data = FORMS[form](tmp_path/'d')
-    memory,items = (cifar_dls(data, bs=4, in_memory=m, num_workers=0, hold_out=0 if form == 'three' else .2) for m in (True, False))
+    memory,items = (cifar_dls(data, bs=4, in_memory=m, num_workers=0, hold_out=0 if form == 'three' else .3) for m in (True, False))
     assert sizes(memory) == sizes(items) and len(memory.loaders) == 3 and list(memory.vocab) == list(items.vocab) and memory.test_note == items.test_note
     for a,b in zip(memory.loaders[1:], items.loaders[1:]):
         assert a.items == b.items

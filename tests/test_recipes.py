@@ -21,7 +21,8 @@ from cifar_cam.evaluate import accuracy_interval, calibration_error, evaluate_le
 from cifar_cam.run import load_run, new_run_folder, Run
 from cifar_cam.experiment import plot_curves, run_recipe, run_seeds, seed_summary, train_run, train_seeds
 from cifar_cam.optimizers import OPTIMIZERS
-from cifar_cam.learner import Checkpoint, FreezeWhitening, L1Penalty, ProgressiveResize, SeedEpochs
+from cifar_cam.callbacks import FreezeWhitening, L1Penalty, ProgressiveResize
+from cifar_cam.learner import Checkpoint, SeedEpochs
 
 FILES = 'recipe.json env.json history.csv metrics.json weights.safetensors checkpoint.pt lrs.json'.split()
 

@@ -56,7 +56,7 @@ def test_the_drawn_triangle_is_the_trained_one():
 def test_the_picks_bracket_the_fall_of_the_loss():
     lrs = torch.logspace(-6, 1, 100)
     losses = 2.3 - 1.0*((lrs.log10() + 3).clamp(0, 2)/2) + 5*(lrs.log10() - .3).clamp(0)   # falls from 1e-3 to 1e-1, rises beyond 2
-    lo,hi = lr_min(lrs, losses, 100)[0],lr_max(lrs, losses, 100)[0]
+    lo,hi = suggest_lr_min(lrs, losses, 100)[0],suggest_lr_max(lrs, losses, 100)[0]
     assert lo == pytest.approx(10**-2.8, rel=.2) and hi == pytest.approx(10**-1.2, rel=.2)
 
 
@@ -107,16 +107,16 @@ def test_a_plateau_stops_at_its_lowest_rate(shapes, tmp_path):
 
 
 def test_a_loss_that_never_falls_gives_no_pick():
-    with pytest.raises(InputError, match='hardly falls'): lr_max(torch.logspace(-6, 1, 50), 2.3 + .005*torch.rand(50), 50)
+    with pytest.raises(InputError, match='hardly falls'): suggest_lr_max(torch.logspace(-6, 1, 50), 2.3 + .005*torch.rand(50), 50)
 
 
 @pytest.mark.parametrize('losses', [[], [1.], [1, 1.001, 1, .999, .998, .98, 1.1, 1.3, 1.6, 2], [1, *(2. + i for i in range(20))]])
 def test_a_loss_that_only_rises_gives_no_pick(losses):
-    with pytest.raises(InputError, match='hardly falls'): lr_max(torch.logspace(-6, 1, len(losses)), torch.tensor(losses, dtype=torch.float), len(losses))
+    with pytest.raises(InputError, match='hardly falls'): suggest_lr_max(torch.logspace(-6, 1, len(losses)), torch.tensor(losses, dtype=torch.float), len(losses))
 
 
 def test_an_early_dip_is_not_the_fall():
     lrs = torch.logspace(-6, 1, 100)
     losses = 2.3 - 1.0*((lrs.log10() + 3).clamp(0, 2)/2)
     losses[12] = 2.0
-    assert lr_min(lrs, losses, 100)[0] > 1e-3
+    assert suggest_lr_min(lrs, losses, 100)[0] > 1e-3

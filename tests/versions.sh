@@ -16,13 +16,13 @@ ${PYTHON:-python3} -m venv "$tmp/uv"
 "$tmp/uv/bin/pip" install -q uv
 
 for w in $which; do
-  # lowest-direct: the lowest of what the package itself asks for; what those ask for is the newest that fits
-  case $w in lowest) resolution=lowest-direct;; newest) resolution=highest;; esac
+  # lowest: of what the package itself asks for; all else, the tools of the tests too, is the newest that fits
+  case $w in lowest) how='--resolution lowest --no-deps';; newest) how='--extra dev';; esac
   "$tmp/uv/bin/uv" venv -q --seed --python "${PYTHON:-python3}" "$tmp/$w"
-  "$tmp/uv/bin/uv" pip compile -q --resolution $resolution --python "$tmp/$w/bin/python" pyproject.toml -o "$tmp/$w.txt"
+  # shellcheck disable=SC2086
+  "$tmp/uv/bin/uv" pip compile -q $how --python "$tmp/$w/bin/python" pyproject.toml -o "$tmp/$w.txt"
   printf '\n== %s\n' "$w"
   grep -E '^(fastai|torch|torchvision|albumentations|grad-cam|matplotlib|safetensors|jinja2|numpy|pandas)=' "$tmp/$w.txt"
-  # the tools of the tests are the newest in both
   "$tmp/uv/bin/uv" pip install -q --python "$tmp/$w/bin/python" -c "$tmp/$w.txt" -e '.[dev]'
   PATH="$tmp/$w/bin:$PATH" "$tmp/$w/bin/python" -m pytest -q -p no:cacheprovider "$@"
   rm -rf "${tmp:?}/$w"

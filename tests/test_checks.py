@@ -1,0 +1,76 @@
+"`checks` finds what is wrong, says how to fix it, changes nothing, and does not invent"
+import os, shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_cam import checks
+from cifar_cam.checks import check_data, check_device, check_disk, check_setup, check_speed, check_versions, checks_command, measure_recipe
+from cifar_cam.core import InputError
+from cifar_cam.recipe import RECIPES
+
+
+def problems(found): return {f['check']: f['problem'] for f in found if f['problem']}
+
+
+def test_here_all_versions_are_as_needed(): assert not problems(check_versions())
+
+
+def test_an_old_or_missing_package_is_a_problem_and_a_missing_extra_is_none(monkeypatch):
+    old = {'torch': '1.13', 'fastai': None, 'albumentations': '9.9'}
+    monkeypatch.setattr(checks, '_requirements', lambda: ['torch>=2.6', 'fastai>=2.8.12', 'albumentations>=2', 'nope; extra=="x"', 'tomli; python_version<"3"'])
+    monkeypatch.setattr(checks, '_version', lambda name: old.get(name))
+    found = check_versions()
+    assert set(problems(found)) == {'torch', 'fastai'} and 'pip install' in problems(found)['torch']
+    assert 'nope' in found[-1]['found'] and not any(f['check']=='tomli' for f in found)
+
+
+def test_precision_is_the_one_that_would_be_chosen(monkeypatch):
+    for half,word in (True, 'bfloat16'), (False, 'float32'):
+        monkeypatch.setattr(checks, 'has_bf16', lambda device: half)
+        assert next(f['found'] for f in check_device('cpu') if f['check']=='precision').startswith(word)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 10_000)
+    assert 'OMP_NUM_THREADS' in problems(check_device('cpu'))['processor']
+    with pytest.raises(InputError, match='tpu9'): check_device('tpu9')
+
+
+def test_the_state_of_the_data(few, tmp_path, fastai_home, monkeypatch):
+    assert '100 in train, 20 in test' in check_data(few)[0]['found'] and not problems(check_data(few))
+    shutil.copytree(few, tmp_path/'data')
+    shutil.rmtree(tmp_path/'data'/'test'/'star')
+    assert 'star' in problems(check_data(tmp_path/'data'))['data']
+    assert problems(check_data(tmp_path/'nowhere')) and not problems(check_data())   # downloaded when it is needed
+    monkeypatch.setenv('CIFAR_CAM_DATA', str(few))
+    assert 'data' in problems(check_data())   # Shapes10 is not CIFAR-10
+    (tmp_path/'set.tgz').write_bytes(b'x'*2_000_000)
+    assert '2 MB' in check_data(tmp_path/'set.tgz')[0]['found']
+
+
+def test_the_disk(tmp_path, monkeypatch):
+    assert not problems(check_disk(tmp_path/'new'/'runs')) and not (tmp_path/'new').exists()
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10, 9, 5e8))
+    assert 'make room' in problems(check_disk(tmp_path))['disk for runs']
+    def denied(dir): raise PermissionError(13, 'Permission denied', str(dir))
+    monkeypatch.setattr(checks.tempfile, 'TemporaryFile', denied)
+    assert 'cannot be written' in problems(check_disk(tmp_path))['disk for runs']
+
+
+def test_minutes_follow_from_the_rate(monkeypatch):
+    monkeypatch.setattr(checks, 'measure_recipe', lambda r, device, seconds: 1000.)
+    found = {f['check']: f['found'] for f in check_speed('cpu')}
+    assert set(found) == set(RECIPES) and f"about {RECIPES['davidnet'].epochs*50/60:,.0f} minutes" in found['davidnet']
+
+
+def test_a_network_is_measured():
+    assert 0 < measure_recipe(RECIPES['speedrun'], 'cpu', seconds=.01) < 1e6
+
+
+def test_it_prints_every_check_and_what_is_wrong_last(few, tmp_path, capsys):
+    table = check_setup(few, tmp_path, 'cpu', seconds=0)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == len(table) and out[0].startswith('python') and not list(tmp_path.iterdir())
+    checks_command(str(few), str(tmp_path), 'cpu', seconds=0)
+    assert capsys.readouterr().out.splitlines()[-1] == 'nothing is wrong'
+    with pytest.raises(InputError, match='data'): checks_command('nowhere', str(tmp_path), 'cpu', seconds=0)
+    assert capsys.readouterr().out.splitlines()[-1].startswith('WRONG: data')

@@ -1,0 +1,295 @@
+"Images without labels become a table, whatever they lie in and however often it is stopped; a run is tested on another labelled set"
+import csv, io, json, os, shutil, sys, tarfile, tracemalloc, zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from cifar_cam.core import InputError
+from cifar_cam.inputs import find_images
+from cifar_cam.predict import GrowingTable, PixelNetwork, count_predictions, predict_command, predict_images, whole_rows
+from cifar_cam.validate import accuracy_difference, labelled_images, validate_command, validate_run
+from cifar_cam.run import load_run
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    "Twelve images in folders, one of them no image, and what is none of them"
+    rng = np.random.default_rng(0)
+    for i in range(11):
+        (tmp_path/'photos'/'ab'[i%2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path/'photos'/'ab'[i%2]/f'{i}.png')
+    (tmp_path/'photos'/'b'/'broken.jpg').write_bytes(b'\xff\xd8\xff\xe0 cut off')
+    for name in 'a/notes.txt', '.hidden.png', '__MACOSX/1.png':
+        (tmp_path/'photos'/name).parent.mkdir(exist_ok=True)
+        (tmp_path/'photos'/name).write_text('x')
+    return Path('photos')
+
+
+def rows(path): return list(csv.reader(open(path, newline='')))
+def names(*args, **kwargs): return [name for name,_ in find_images(*args, **kwargs)]
+
+
+def test_a_line_an_image_as_the_runs_own_evaluation_sees_it(run, few):
+    o,path = load_run(run),predict_images(few/'test', run, top=2)
+    table = pd.read_csv(path)
+    assert list(table) == ['file', 'class', 'probability', 'class_2', 'probability_2', 'reason'] and len(table) == 20
+    assert np.mean([Path(f).parent.name==c for f,c in zip(table.file, table['class'])]) == o.metrics['accuracy']
+    assert (table.probability >= table.probability_2).all() and table.reason.isna().all()
+    at = {str(f): i for i,f in enumerate(o.interp.dl.items)}
+    assert np.allclose([o.interp.probs[at[f]].max() for f in table.file], table.probability, atol=2e-5)
+
+
+def test_tta_is_that_of_the_metrics(run, few):
+    table = pd.read_csv(predict_images(few/'test', run, tta=True))
+    assert np.mean([Path(f).parent.name==c for f,c in zip(table.file, table['class'])]) == load_run(run).metrics['accuracy_tta']
+
+
+def test_a_broken_image_is_a_line_with_a_reason_and_what_is_no_image_is_none(photos, run):
+    table = pd.read_csv(predict_images(photos, run, bs=5), keep_default_na=False)
+    assert len(table) == 12 and list(table.file) == sorted(table.file)
+    broken = table[table['class']==''].iloc[0]
+    assert broken.file.endswith('broken.jpg') and broken.probability == '' and len(broken.reason) > 5
+    assert '\n' not in broken.reason and (table.reason != '').sum() == 1 and count_predictions('predictions.csv')[''] == 1
+
+
+def test_the_same_images_in_every_form(photos, run, monkeypatch):
+    shutil.make_archive('all', 'zip', '.', 'photos')
+    shutil.make_archive('all', 'gztar', '.', 'photos')
+    files = names(photos)
+    Path('list.txt').write_text('\n'.join(files) + '\n')
+    pd.DataFrame(dict(weight=range(12), Image_Path=[f.removeprefix('photos/') for f in files])).to_csv(photos/'table.csv', index=False)
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO('\0'.join(files).encode())))
+    answers = []
+    for i,source in enumerate((photos, 'all.zip', 'all.tar.gz', 'list.txt', photos/'table.csv', '-')):
+        table = pd.read_csv(predict_images(source, run, f'{i}.csv'), keep_default_na=False)
+        table['file'] = ['/'.join(f.split('/')[-2:]) for f in table.file]
+        answers.append(table.sort_values('file').drop(columns='reason').reset_index(drop=True))
+    assert len(answers[0]) == 12 and all(a.equals(answers[0]) for a in answers)
+
+
+def test_one_image_on_standard_input(photos, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO((photos/'a'/'0.png').read_bytes())))
+    assert [row[0] for row in rows(predict_images('-'))] == ['file', '-']
+
+
+def test_names_that_csv_and_terminals_stumble_over(run):
+    Path('odd').mkdir()
+    odd = ['new\nline.png', 'quo"te.png', 'comma, here.png', os.fsdecode(b'latin-\xe9.png'), 'ü.png']
+    for name in odd: Image.new('RGB', (32, 32)).save(Path('odd')/name, format='png')
+    path = predict_images('odd', run)
+    with open(path, newline='', encoding='utf-8', errors='surrogateescape') as f:
+        assert sorted(row[0] for row in list(csv.reader(f))[1:]) == sorted(f'odd/{n}' for n in odd)
+    with pytest.raises(InputError): predict_images('odd', run)
+    assert predict_images('odd', run, force=True) == path
+
+
+def test_a_link_in_a_circle_and_a_pipe_end(photos, run):
+    (photos/'a'/'back').symlink_to(photos.absolute())
+    os.mkfifo(photos/'pipe.png')
+    assert len(names(photos)) == 13
+    assert [r[-1] for r in rows(predict_images(photos, run)) if r[0].endswith('pipe.png')] == ['no such file']
+
+
+def test_an_image_named_twice_comes_once(photos): assert len(names([photos, photos/'a', photos/'a'/'0.png'])) == 12
+
+
+@pytest.mark.parametrize('bs', [1, 4])
+def test_stopped_anywhere_it_goes_on_without_a_line_twice_or_missing(photos, run, bs, monkeypatch):
+    whole = predict_images(photos, run, 'whole.csv', bs=bs).read_bytes()
+    lengths = sorted({0, 3, len(whole)//3, len(whole)//2, len(whole) - 1, len(whole)})
+    for length in lengths:
+        def die(*args, **kwargs): raise KeyboardInterrupt
+        with monkeypatch.context() as m:
+            m.setattr(GrowingTable, 'finish', die)
+            with pytest.raises(KeyboardInterrupt): predict_images(photos, run, 'cut.csv', bs=bs)
+        part, = Path('.').glob('cut.csv.*.part')
+        part.write_bytes(whole[:length])  # as a killed process or a full disk leaves it
+        assert predict_images(photos, run, 'cut.csv', bs=bs).read_bytes() == whole
+        assert not list(Path('.').glob('*.part'))
+        Path('cut.csv').unlink()
+
+
+def test_what_is_done_is_not_done_again(photos, run, monkeypatch):
+    def die(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(GrowingTable, 'finish', die)
+        with pytest.raises(KeyboardInterrupt) as kept: predict_images(photos, run)   # a notebook keeps the traceback, and what it holds
+    with monkeypatch.context() as m:
+        m.setattr(PixelNetwork, 'forward', die)
+        assert len(rows(predict_images(photos, run))) == 13
+
+
+def test_lines_of_another_network_or_of_other_images_are_not_taken_over(photos, run, monkeypatch):
+    def die(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(GrowingTable, 'finish', die)
+        with pytest.raises(KeyboardInterrupt): predict_images(photos, None)
+    (photos/'a'/'0.png').rename(photos/'a'/'00.png')
+    assert {r[1] for r in rows(predict_images(photos, run))} != set()
+    assert set(count_predictions('predictions.csv')) - {''} <= set(load_run(run).metrics['class_accuracy'])
+    Path('predictions.csv').unlink()
+    assert 'photos/a/00.png' in [r[0] for r in rows(predict_images(photos, None))]
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    pytest.importorskip('fcntl')
+    first = GrowingTable('a.csv', ['file'], {})
+    first.resume([], key=str)
+    with pytest.raises(InputError, match='another process'): GrowingTable('a.csv', ['file'], {}).resume([], key=str)
+
+
+def test_rows_up_to_the_first_that_is_not_whole():
+    text = b'a,b\n"x\ny",1\n"z'
+    Path('t.csv').write_bytes(text)
+    assert [end for _,end in whole_rows('t.csv', 2)] == [4, 12]
+    for n in range(len(text)):
+        Path('t.csv').write_bytes(text[:n])
+        for row,end in whole_rows('t.csv', 2): assert text[:end].endswith(b'\n') and len(row) == 2
+    Path('t.csv').write_bytes(b'a,b\n1\n2,3\n')
+    assert len(list(whole_rows('t.csv', 2))) == 1
+
+
+def test_kaggle(photos, run):
+    with pytest.raises(InputError, match='id'): predict_images([photos, 'copy/0.png'] if Path('copy').mkdir() or shutil.copy(photos/'a'/'0.png', 'copy') else 0, run, kaggle=True)
+    table = rows(predict_images(photos, run, kaggle=True))
+    assert table[0] == ['id', 'label'] and ['broken', ''] in table and {r[0] for r in table[1:]} == {*map(str, range(11)), 'broken'}
+
+
+def test_overlays(photos, run):
+    predict_images(photos, run, cams='looked')
+    drawn = sorted(p.relative_to('looked').as_posix() for p in Path('looked').rglob('*.png'))
+    assert len(drawn) == 11 and drawn[0] == 'photos/a/0.png.png' and Image.open(Path('looked')/drawn[0]).width >= 50
+    with pytest.raises(InputError, match='not empty'): predict_images(photos, run, 'b.csv', cams='looked')
+    predict_images(str(photos.absolute()/'..'/'photos'/'a'), run, 'c.csv', cams='else')
+    assert all('..' not in p.parts for p in Path('else').rglob('*')) and len(list(Path('else').rglob('*.png'))) == 6
+
+
+def test_an_archive_that_is_cut_or_writes_elsewhere_or_is_a_bomb(photos, run, monkeypatch):
+    with zipfile.ZipFile('odd.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        z.write(photos/'a'/'0.png', '../../out.png')
+        z.writestr('big.png', bytes(5_000_000))
+    monkeypatch.setattr('cifar_cam.inputs._LARGEST', 1_000_000)
+    table = rows(predict_images('odd.zip', run))
+    assert table[1][-1] == '' and 'MB' in table[2][-1] and not Path('../../out.png').exists()
+    shutil.make_archive('all', 'gztar', '.', 'photos')
+    Path('cut.tar.gz').write_bytes(Path('all.tar.gz').read_bytes()[:-400])
+    with pytest.raises(InputError, match='cut.tar.gz'): predict_images('cut.tar.gz', run, 'x.csv')
+    assert not list(Path('.').glob('x.csv*'))
+
+
+@pytest.mark.parametrize('words,told', [
+    (dict(paths='nowhere'), 'nowhere'), (dict(paths=[]), 'no images'), (dict(paths='empty'), 'no images'), (dict(paths='photos', top=0), 'top'),
+    (dict(paths='photos', out='photos'), 'folder'), (dict(paths='photos', device='tpu9'), 'tpu9'), (dict(paths='t.csv'), 'column'),
+    (dict(paths='t.csv', column='nope'), 'nope'), (dict(paths='photos', run='photos'), 'run folder'), (dict(paths='photos', cams='made', method='nope'), 'nope')])
+def test_wrong_input_is_one_line_and_leaves_no_table(photos, run, words, told):
+    Path('empty').mkdir()
+    Path('t.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(InputError, match=told) as e: predict_images(**{'run': run, **words})
+    assert '\n' not in str(e.value) and not Path('predictions.csv').exists()
+
+
+def test_an_unfinished_run_is_refused(photos, run):
+    (run/'metrics.json').unlink()
+    for f in (lambda: predict_images(photos, run), lambda: validate_run(run, 'photos')):
+        with pytest.raises(InputError, match='not finished'): f()
+
+
+def test_a_diverged_network_gives_a_reason_and_no_class(photos, run):
+    o = load_run(run)
+    with torch.no_grad(): o.model.fc.bias.fill_(float('nan'))
+    assert all(r[1]=='' and r[-1] for r in rows(predict_images(photos, o))[1:])
+
+
+def test_memory_does_not_grow_with_the_number_of_images(run):
+    one = io.BytesIO()
+    Image.new('RGB', (8, 8), 'red').save(one, format='png')
+    def peak(n):
+        with zipfile.ZipFile(f'{n}.zip', 'w') as z:
+            for i in range(n): z.writestr(f'{i}.png', one.getvalue())
+        Image.init()
+        tracemalloc.start()
+        try:
+            predict_images(f'{n}.zip', run, f'{n}.csv', bs=32)
+            return tracemalloc.get_traced_memory()[1]
+        finally: tracemalloc.stop()
+    peak(40)
+    assert peak(1000) - peak(200) < 800*50e6/90_000*2   # zipfile's own directory is a part of it
+
+
+def test_the_shell_prints_the_table_last(photos, run, capsys):
+    predict_command([str(photos)], str(run), Out='o.csv')
+    out = capsys.readouterr().out.strip().splitlines()
+    assert out[-1] == 'o.csv' and '12 images' in out[-3] and '1 could not be read' in out[-2]
+
+
+# --- validate ---
+
+def test_a_run_on_its_own_test_images_has_its_own_numbers(run, few):
+    out = validate_run(run, few)
+    m,own = json.loads((out/'metrics.json').read_text()),load_run(run).metrics
+    for k in 'accuracy', 'accuracy_interval', 'accuracy_tta', 'loss', 'calibration_error', 'class_accuracy', 'images': assert m[k] == own[k] == m['own'][k]
+    assert m['difference'][0] == 0 > m['difference'][1]
+    assert out.parent == run/'validation' and (out/'report.html').stat().st_size > 10_000
+    assert load_run(run).finished   # the run's folder is still one
+
+
+def test_every_form_of_a_labelled_set(few, run):
+    shutil.copytree(few/'test', 'flat')
+    shutil.make_archive('set', 'gztar', few.parent, few.name)
+    files = labelled_images('flat')
+    pd.DataFrame(dict(file=[f.name for f,_ in files], label=[y for _,y in files])).to_csv('t.csv', index=False)
+    for f,_ in files: shutil.copy(f, '.')
+    sets = [[y for _,y in labelled_images(o)] for o in (few, few/'test', 'flat', 'set.tar.gz', 't.csv')]
+    assert len(sets[0]) == 20 and all(s == sets[0] for s in sets)
+    numbers = [json.loads((validate_run(run, o, f'out{i}')/'metrics.json').read_text())['accuracy'] for i,o in enumerate(('flat', 't.csv'))]
+    assert numbers[0] == numbers[1] == load_run(run).metrics['accuracy']
+
+
+def test_images_are_normalised_as_the_run_does_and_not_by_themselves(few, run):
+    for f,y in labelled_images(few):
+        Path('dark', y).mkdir(parents=True, exist_ok=True)
+        Image.open(f).point(lambda v: v//4).save(Path('dark', y, f.name))
+    out = validate_run(run, 'dark', 'out')
+    table = pd.read_csv(predict_images('dark', run))
+    right = np.mean([Path(f).parent.name==c for f,c in zip(table.file, table['class'])])
+    assert json.loads((out/'metrics.json').read_text())['accuracy'] == right
+
+
+def test_other_classes_are_refused_and_a_missing_class_is_said(few, run, capsys):
+    shutil.copytree(few/'test', 'flat')
+    shutil.rmtree('flat/star')
+    out = validate_run(run, 'flat', 'out')
+    assert json.loads((out/'metrics.json').read_text())['class_accuracy']['star'] is None and 'no images of star' in (out/'report.html').read_text()
+    Path('flat/circle').rename('flat/disc')
+    with pytest.raises(InputError, match="'disc'.*circle"): validate_run(run, 'flat', 'out2')
+    assert not Path('out2').exists()
+
+
+@pytest.mark.parametrize('data,told', [('nowhere', 'nowhere'), ('empty', 'no images'), ('t.csv', 'labels')])
+def test_no_labelled_set_is_one_line(run, data, told):
+    Path('empty').mkdir()
+    Path('t.csv').write_text('file,x\na.png,2\n')
+    with pytest.raises(InputError, match=told): validate_run(run, data, 'out')
+    assert not Path('out').exists()
+
+
+def test_a_validation_is_not_written_over_unless_asked(few, run, capsys):
+    validate_command(str(run), str(few), Out='out')
+    assert capsys.readouterr().out.strip().splitlines()[-1] == 'out'
+    with pytest.raises(InputError, match='--force'): validate_command(str(run), str(few), Out='out')
+    validate_command(str(run), str(few), Out='out', force=True)
+    for wrong in dict(run=str(run)), dict(data='shapes'):
+        with pytest.raises(InputError, match='--data|--out'): validate_command(**wrong)
+
+
+def test_newcombes_interval_is_not_symmetric_and_holds_the_difference():
+    d,low,high = accuracy_difference((.9, [.87, .92]), (.8, [.76, .83]))
+    assert low < d < high and abs(d + .1) < 1e-12 and abs((d - low) - (high - d)) > 1e-3
