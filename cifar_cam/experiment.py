@@ -19,7 +19,7 @@ from fastai.vision.all import num_distrib, rank_distrib
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import t as student_t
 
-from .core import check_seed, InputError, Seed, write_json
+from .core import check_seed, InputError, Seed, sha256, write_json
 from .images import data_checksum, data_path
 from .schedule import plot_triangle
 from .parallel import from_all, from_first, join_processes, leave_processes, one_process
@@ -135,6 +135,7 @@ def run_recipe(
     published_protocol:bool=False, # choose by the test set, as the published experiments did
     tensorboard:bool=False, # TensorBoard logs in the run's folder; needs the package tensorboard
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
+    decisions:str|Path=None, # a table of training labels that are changed or dropped: see `read_decisions`
     **changes, # settings of the recipe that shall differ; `as_published=True` takes those of the published experiment
 ) -> Run:
     "Train a recipe and write everything about it into a new run folder. Raises InputError before anything is written"
@@ -142,7 +143,7 @@ def run_recipe(
         r = _changed(recipe, changes)
         env = _environment(r, data, device, seed, published_protocol, tensorboard)
         path = new_run_folder(r.name, out)
-        _begin_run(path, r, env)
+        _begin_run(path, r, env, decisions)
         return path
     with nullcontext() if rank_distrib() else folder_for(out):
         path = from_first(begin)
@@ -157,10 +158,17 @@ def _environment(r, data, device, seed, published_protocol, tensorboard):
     protocol = published_protocol or r.name.endswith(AS_PUBLISHED)
     return dict(environment(data, device, seed), processes=n, published_protocol=protocol, tensorboard=tensorboard)
 
-def _begin_run(path, r, env):
+def _begin_run(path, r, env, decisions=None):
     with _kept_if_begun(path):
+        if decisions is not None: env = dict(env, **_keep_decisions(decisions, path))
         write_json(asdict(r), path/'recipe.json')
         write_json(env, path/'env.json')
+
+def _keep_decisions(decisions, path):
+    "A copy in the run's folder, and what `env.json` says of it"
+    try: shutil.copy(decisions, path/'decisions.csv')
+    except OSError as e: raise InputError(f'{decisions}: cannot be read ({e.strerror}); name a table of decisions') from None
+    return dict(decisions=str(decisions), decisions_checksum=sha256(path/'decisions.csv'))
 
 @contextmanager
 def _kept_if_begun(path):

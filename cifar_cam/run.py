@@ -22,7 +22,7 @@ from fastai.vision.all import DataLoaders, default_device, Learner, num_distrib,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import __version__
-from .core import (check_seed, InputError, one_of, remove_leftovers, Seed, save_atomically, write_json,
+from .core import (check_seed, InputError, one_of, remove_leftovers, Seed, save_atomically, sha256, write_json,
                             writing)
 from .images import CIFAR10, data_checksum, data_path
 from .augment import TTA
@@ -248,6 +248,14 @@ class Run:
         "Curves of the published experiment, if this run is of its recipe and on its data"
         return load_published(self.recipe.name) if self.data_name=='cifar10' and self.recipe.published else None
 
+    @property
+    def decisions(self) -> Path:
+        "The table of training labels that were changed for this run; None where there is none"
+        path,known = self.path/'decisions.csv',self.env.get('decisions_checksum')
+        if known and (not path.is_file() or sha256(path) != known):
+            raise InputError(f'{path}: are not the decisions that {self.path} was trained with; put those back')
+        return path if known else None
+
     @cached_property
     def dls(self) -> DataLoaders:
         data,device = str(self.moved_to or self.env['data']),self.env['device']
@@ -260,7 +268,7 @@ class Run:
         # to look at a finished run, another device will do
         if not isinstance(device, torch.device): device = _device(None)
         dls = recipe_dls(self.recipe, data, self.env['seed'], hold_out=not self.env['published_protocol'],
-                         device=device)
+                         device=device, decisions=self.decisions)
         if self.finished and [str(c) for c in dls.vocab] != list(self.metrics['class_accuracy']):
             raise InputError(f'{self.path}: metrics.json has other classes than {data}')
         return dls

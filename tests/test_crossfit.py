@@ -11,7 +11,7 @@ from cifar_cam.core import InputError, sha256
 from cifar_cam.crossfit import (crossfit, crossfit_command, crossfit_evidence, fold_dls, fold_splitter, resume_crossfit, run_evidence, suspects_page,
                                 triage_command, triage_runs)
 from cifar_cam.images import image_files
-from cifar_cam.loaders import cifar_dls, read_decisions
+from cifar_cam.loaders import cifar_dls
 from cifar_cam.models import MODELS
 from cifar_cam.recipe import find_recipe
 from cifar_cam.run import fit_run, load_run
@@ -101,7 +101,7 @@ def test_decisions_change_the_labels_that_are_trained_on_and_nothing_on_disk(col
     before,table = files(colours),tmp_path/'decisions.csv'
     table.write_text('file,decision,label\ntrain/blue/0.png,relabel,red\ntrain/blue/1.png,drop,\ntrain/blue/2.png,keep,red\n')
     for memory in True, False:
-        dls = cifar_dls(colours, bs=10, labels=table, in_memory=memory, device='cpu')
+        dls = cifar_dls(colours, bs=10, decisions=table, in_memory=memory, device='cpu')
         given = {f.relative_to(colours).as_posix(): dls.vocab[int(y)] for f,y in zip(dls.train.items, dls.train_ds.tls[1])}
         assert given['train/blue/0.png'] == 'red' and given['train/blue/2.png'] == 'blue' and 'train/blue/1.png' not in given
         assert len(given) == 159 and len(dls.valid_ds) == 40
@@ -112,25 +112,25 @@ def test_decisions_change_the_labels_that_are_trained_on_and_nothing_on_disk(col
     ('test/blue/0.png,relabel,red', 'no training image'), ('../secret.png,drop,', 'no training image'), (',,', 'keep, relabel or drop')])
 def test_a_decision_that_cannot_be_is_named(colours, tmp_path, row, says):
     (tmp_path/'d.csv').write_text(f'file,decision,label\n{row}\n')
-    with pytest.raises(InputError, match=says) as e: cifar_dls(colours, bs=10, labels=tmp_path/'d.csv')
+    with pytest.raises(InputError, match=says) as e: cifar_dls(colours, bs=10, decisions=tmp_path/'d.csv')
     assert '\n' not in str(e.value)
 
 def test_a_class_that_loses_all_its_images_is_named(colours, tmp_path):
     (tmp_path/'d.csv').write_text('file,decision,label\n' + ''.join(f'train/red/{i}.png,drop,\n' for i in range(40)))
-    with pytest.raises(InputError, match='no training image of red is left'): read_decisions(tmp_path/'d.csv', colours)
-    with pytest.raises(InputError, match='cannot be read'): read_decisions(tmp_path/'none.csv', colours)
+    with pytest.raises(InputError, match='no training image of red is left'): cifar_dls(colours, bs=10, decisions=tmp_path/'d.csv')
+    with pytest.raises(InputError, match='cannot be read'): cifar_dls(colours, bs=10, decisions=tmp_path/'none.csv')
 
 def test_a_run_keeps_the_decisions_it_was_trained_with(colours, quick, tmp_path, monkeypatch):
     from cifar_cam import experiment
     monkeypatch.setattr(experiment, 'train_run', fit_run)
     (tmp_path/'d.csv').write_text('file,decision,label\ntrain/blue/0.png,relabel,red\ntrain/blue/1.png,drop,\n')
-    run = experiment.run_recipe('davidnet', colours, tmp_path/'runs', labels=tmp_path/'d.csv', **QUICK)
-    assert run.env['labels_checksum'] == sha256(tmp_path/'d.csv') == sha256(run.path/'labels.csv')
+    run = experiment.run_recipe('davidnet', colours, tmp_path/'runs', decisions=tmp_path/'d.csv', **QUICK)
+    assert run.env['decisions_checksum'] == sha256(tmp_path/'d.csv') == sha256(run.path/'decisions.csv')
     (tmp_path/'d.csv').unlink()
     assert len(load_run(run.path).dls.train_ds) == 159
-    (run.path/'labels.csv').write_text('file,decision,label\n')
+    (run.path/'decisions.csv').write_text('file,decision,label\n')
     with pytest.raises(InputError, match='are not the decisions'): load_run(run.path).dls
-    with pytest.raises(InputError, match='cannot be read'): experiment.run_recipe('davidnet', colours, tmp_path/'other', labels=tmp_path/'none.csv', **QUICK)
+    with pytest.raises(InputError, match='cannot be read'): experiment.run_recipe('davidnet', colours, tmp_path/'other', decisions=tmp_path/'none.csv', **QUICK)
     assert not (tmp_path/'other').exists()
 
 def test_the_page_holds_the_images_and_cannot_be_broken_by_a_name(folded, colours, tmp_path):
