@@ -3,6 +3,10 @@ from fastai.vision.all import *
 
 from cifar_cam.core import *
 from cifar_cam.shapes import *
+from cifar_cam.photos import *
+from cifar_cam.tables import *
+from cifar_cam.batches import *
+from cifar_cam.formats import *
 from cifar_cam.images import *
 from cifar_cam.augment import *
 from cifar_cam.loaders import *
@@ -12,9 +16,14 @@ from cifar_cam.schedule import *
 from cifar_cam.precision import *
 from cifar_cam.parallel import *
 from cifar_cam.learner import *
+from cifar_cam.forward import *
+from cifar_cam.layers import *
+from cifar_cam.targets import *
 from cifar_cam.cam import *
 from cifar_cam.panels import *
+from cifar_cam.predictions import *
 from cifar_cam.interpret import *
+from cifar_cam.photo import *
 from cifar_cam.measures import *
 from cifar_cam.scorecard import *
 from cifar_cam.recipe import *
@@ -22,6 +31,7 @@ from cifar_cam.evaluate import *
 from cifar_cam.history import *
 from cifar_cam.run import *
 from cifar_cam.summary import *
+from cifar_cam.charts import *
 from cifar_cam.report import *
 from cifar_cam.experiment import *
 from cifar_cam.share import *

@@ -29,7 +29,8 @@ def predict_loader(
     view=None, # batch → the same images seen otherwise: see `TTA`
     bf16:bool=False, # compute in bfloat16; the logits are float32 either way
 ) -> tuple:
-    "Logits and targets of all images of `dl`, on the CPU; in several processes, `dl` is a `shard_loader` and all get all of them"
+    """Logits and targets of all images of `dl`, on the CPU; in several processes, `dl` is a `shard_loader` and all
+    get all of them"""
     logits,targets = [],[]
     learn.model.eval()
     for i,(x,y) in enumerate(progress_bar(dl, leave=False, display=not rank_distrib())):
@@ -59,7 +60,8 @@ def load_weights(
     try: model.load_state_dict(load(Path(path).read_bytes()))
     except Exception as e:
         why = ' '.join(str(e).split())  # PyTorch names each layer on a line of its own
-        raise InputError(f'{path}: cannot be loaded into this network ({why[:300]}); fetch the run again, or train it again') from None
+        raise InputError(f'{path}: cannot be loaded into this network ({why[:300]}); fetch the run again, or train '
+                         'it again') from None
 
 # %% ../nbs/18b_evaluate.ipynb #3290e982
 def calibration_error(
@@ -88,7 +90,8 @@ def evaluate_learner(
     dl, # test images
     tta:str='flip', # views whose logits are averaged: a key of `TTA`
 ) -> dict:
-    "Accuracy (plain, with its interval, with flip TTA, with all views of `tta`, of each class), loss and calibration error on `dl`"
+    """Accuracy (plain, with its interval, with flip TTA, with all views of `tta`, of each class), loss and
+    calibration error on `dl`"""
     bf16 = hasattr(learn, 'bf16')
     learn.model.to(memory_format=torch.contiguous_format)  # another layout sums in another order: other last bits
     logits,targets = predict_loader(learn, dl)
@@ -98,7 +101,8 @@ def evaluate_learner(
     hit = logits.argmax(1)==targets
     averaged = sum(weight*l for (_,weight),l in zip(TTA[tta], seen)).argmax(1)==targets
     return dict(accuracy=hit.double().mean().item(), accuracy_interval=accuracy_interval(int(hit.sum()), len(hit)),
-                accuracy_flip_tta=((logits + seen[1]).argmax(1)==targets).double().mean().item(), accuracy_tta=averaged.double().mean().item(), tta=tta,
+                accuracy_flip_tta=((logits + seen[1]).argmax(1)==targets).double().mean().item(),
+                accuracy_tta=averaged.double().mean().item(), tta=tta,
                 loss=F.cross_entropy(logits, targets).item(),
                 calibration_error=calibration_error(logits.softmax(1), targets), images=len(targets),
                 class_accuracy={c: hit[targets==i].double().mean().item() for i,c in enumerate(learn.dls.vocab)})
@@ -107,7 +111,8 @@ def evaluate_learner(
 def image_format(
     dls:DataLoaders, # what a network was trained on
 ) -> dict:
-    "What another image must be made into before that network can see it: its side, the channels' mean and standard deviation"
+    """What another image must be made into before that network can see it: its side, the channels' mean and standard
+    deviation"""
     norm = first(t for t in dls.after_batch.fs if isinstance(t, Normalize))
     mean,std = ([round(c, 4) for c in o.flatten().tolist()] for o in (norm.mean, norm.std))
     return dict(size=list(dls.valid.one_batch()[0].shape[-2:]), mean=mean, std=std)

@@ -19,13 +19,13 @@ from fastai.vision.all import num_distrib, rank_distrib
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import t as student_t
 
-from .core import check_seed, InputError, write_json
+from .core import check_seed, InputError, Seed, write_json
 from .images import data_checksum, data_path
 from .schedule import plot_triangle
 from .parallel import from_all, from_first, join_processes, leave_processes, one_process
 from .recipe import AS_PUBLISHED, change_recipe, find_recipe, Recipe
 from .run import (check_parts, environment, fit_run, folder_for, load_run, new_run_folder, read_record,
-                           recipe_from_record, Run, says_how_to_resume, Seed)
+                           recipe_from_record, Run, says_how_to_resume)
 from .report import write_report
 
 # %% ../nbs/21_experiment.ipynb #c9e1f709
@@ -37,10 +37,13 @@ def _curves(history, published):
     if published is not None:
         rows += [(0, published.epoch, published.train_accuracy, '0.75', ':', 'published, train'),
                  (0, published.epoch, published.test_accuracy, '0.55', '-', 'published, test')]
-        if 'test_loss' in published: rows.append((1, published.epoch, published.test_loss, '0.55', '-', 'published, test'))
-    rows += [(0, h.epoch, 100*h.train_accuracy, 'C0', ':', 'train (augmented)'), (1, h.epoch, h.train_loss, 'C0', ':', 'train (augmented)')]
+        if 'test_loss' in published:
+            rows.append((1, published.epoch, published.test_loss, '0.55', '-', 'published, test'))
+    rows += [(0, h.epoch, 100*h.train_accuracy, 'C0', ':', 'train (augmented)'),
+             (1, h.epoch, h.train_loss, 'C0', ':', 'train (augmented)')]
     if held: rows.append((0, h.epoch, 100*h.valid_accuracy, 'C2', '-', 'held out'))
-    return rows + [(1, h.epoch, h.valid_loss, 'C2' if held else 'C1', '-', valid), (0, h.epoch, 100*h[test], 'C1', '-', 'test')]
+    return rows + [(1, h.epoch, h.valid_loss, 'C2' if held else 'C1', '-', valid),
+                   (0, h.epoch, 100*h[test], 'C1', '-', 'test')]
 
 def _draw_curve(ax, x, y, c, ls): ax.plot(x, y, c=c, ls=ls, lw=1.8 if c[0]=='C' and ls=='-' else 1.2)
 
@@ -50,7 +53,8 @@ def _label_ends(ax, ends):
     step,last = (high - low)*.085,-float('inf')
     for y,x,label,c in sorted(ends):
         last = max(y, last + step)
-        ax.annotate(label, (x, y), xytext=(1.01, (last - low)/(high - low)), textcoords='axes fraction', color=c, fontsize=8, va='center')
+        ax.annotate(label, (x, y), xytext=(1.01, (last - low)/(high - low)), textcoords='axes fraction', color=c,
+                    fontsize=8, va='center')
 
 def _inset(ax, rows, n):
     "The second half of the accuracies, enlarged"
@@ -79,7 +83,8 @@ def plot_curves(
     test = rows[-1][2]
     best = test.idxmax()
     axs[0].set(ylabel='accuracy, %', xlim=(min(1, n - .5), n))
-    axs[0].set_title(f'test: {test.iloc[-1]:.2f} % at the end, best {test[best]:.2f} % after epoch {history.epoch[best]}', fontsize=9, loc='left')
+    axs[0].set_title(f'test: {test.iloc[-1]:.2f} % at the end, best {test[best]:.2f} % after epoch '
+                     f'{history.epoch[best]}', fontsize=9, loc='left')
     axs[1].set(ylabel='loss')
     axs[2].step(history.epoch, history.lr, where='mid', c='0.3')
     axs[2].set(ylabel='rate', xlabel='epoch', ylim=(0, None))
@@ -98,7 +103,8 @@ def draw_run(
     r,interp = run.recipe,run.interp
     title = f"{r.name}: {100*run.metrics['accuracy']:.2f} % on test, epoch {len(run.history)}; {run.chosen_on}"
     run.save_figure(plot_curves(run.history, run.published, title), 'curves')
-    if r.schedule=='triangle': run.save_figure(plot_triangle(r.epochs, *run.lrs, peak=r.pct_start*r.epochs).figure, 'schedule')
+    if r.schedule=='triangle':
+        run.save_figure(plot_triangle(r.epochs, *run.lrs, peak=r.pct_start*r.epochs).figure, 'schedule')
     run.save_figure(interp.plot_confusion_matrix(), 'confusion_matrix')
     run.save_figure(interp.plot_per_class_accuracy(), 'class_accuracy')
     run.save_figure(interp.plot_top_losses(10, heatmap=True), 'top_losses')
@@ -189,9 +195,11 @@ def run_or_resume(
 def _check_same(run, r, data, seed):
     there,asked = asdict(run.recipe),asdict(r)
     if odd := [k for k in asked if there[k]!=asked[k]]:
-        raise InputError(f'{run.path}: is a run with {odd[0]}={there[odd[0]]!r}, not {asked[odd[0]]!r}; move it away, or name another path')
+        raise InputError(f'{run.path}: is a run with {odd[0]}={there[odd[0]]!r}, not {asked[odd[0]]!r}; move it '
+                         'away, or name another path')
     if run.env['seed']!=seed:
-        raise InputError(f"{run.path}: is a run of seed {run.env['seed']}, not {seed}; move it away, or name another path")
+        raise InputError(f"{run.path}: is a run of seed {run.env['seed']}, not {seed}; move it away, or name another "
+                         "path")
     if data_checksum(data_path(data))!=run.env['data_checksum']:
         raise InputError(f'{run.path}: is a run on other images than {data}; move it away, or name another path')
 
@@ -230,7 +238,8 @@ def run_seeds(
     device=None, # see `run_recipe`
     **changes, # see `run_recipe`
 ) -> Path:
-    "Train `recipe` with several seeds, shared out among the processes of a launcher; the folder of their runs also holds `summary.json`"
+    """Train `recipe` with several seeds, shared out among the processes of a launcher; the folder of their runs also
+    holds `summary.json`"""
     if runs < 1:
         raise InputError(f'runs={runs}: at least one is needed')
     seeds = [*range(check_seed(seed), check_seed(seed + runs - 1) + 1)]
@@ -252,7 +261,8 @@ def run_seeds(
 def train_seeds(
     path:str|Path, # the folder that `run_seeds` made
 ) -> Path:
-    "Train what is missing of several seeds, and write `summary.json`. Raises InputError where `path` is no such folder or the images are others"
+    """Train what is missing of several seeds, and write `summary.json`. Raises InputError where `path` is no such
+    folder or the images are others"""
     def read():
         plan = read_record(Path(path)/'seeds.json', SeedsRecord)
         if data_checksum(data_path(plan['data'])) != plan['data_checksum']:
@@ -274,5 +284,6 @@ def _train_seeds(path, plan):
     done = sorted(from_all(done))
     leave_processes()
     accuracies = [a for _,_,a in done]
-    write_json(dict(seed_summary(accuracies), runs=[name for _,name,_ in done], accuracies=accuracies), path/'summary.json')
+    write_json(dict(seed_summary(accuracies), runs=[name for _,name,_ in done], accuracies=accuracies),
+               path/'summary.json')
     return path

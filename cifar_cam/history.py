@@ -28,14 +28,16 @@ def read_history(
     bad = [k for k in dict.fromkeys([*needed, *h]) if k not in h or not pd.api.types.is_numeric_dtype(h[k])]
     if bad:
         raise InputError(f'{path}: the column {bad[0]!r} is missing or holds other things than numbers')
-    whole = pd.api.types.is_integer_dtype(h.epoch) and h.epoch.between(1, 10_000).all() and (h.epoch.diff().dropna() > 0).all()
-    if not len(h) or not whole or not h.get('seconds', pd.Series([0.])).map(isfinite).all():
+    numbered = pd.api.types.is_integer_dtype(h.epoch) and h.epoch.between(1, 10_000).all()
+    rising = (h.epoch.diff().dropna() > 0).all()
+    if not len(h) or not numbered or not rising or not h.get('seconds', pd.Series([0.])).map(isfinite).all():
         raise InputError(f'{path}: is not a row for each epoch')
     return h
 
 # %% ../nbs/18c_history.ipynb #64a3f7ec
 class History(Callback):
-    "Write a row of `path` after each epoch: learning rate, losses, accuracies, seconds of its training and of all of it"
+    """Write a row of `path` after each epoch: learning rate, losses, accuracies, seconds of its training and of all
+    of it"""
     order = 68  # after the recorder and what watches it, before the checkpoint: a checkpoint's epoch has its row
     def __init__(self,
         path:Path, # the .csv file
@@ -45,11 +47,13 @@ class History(Callback):
     def before_epoch(self): self.start,self.rows = time.perf_counter(),self.rows[:self.epoch]
     def after_train(self): self.trained = time.perf_counter() - self.start
     def after_epoch(self):
-        row = dict(epoch=self.epoch + 1, **{k: float(v) for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.values[-1])})
+        row = dict(epoch=self.epoch + 1, **{k: float(v) for k,v in zip(self.recorder.metric_names[1:-1],
+                                                                       self.recorder.values[-1])})
         if len(self.dls.loaders) > 2:
             logits,targets = predict_loader(self.learn, self.dls[2])
             row['test_accuracy'] = (logits.argmax(1)==targets).double().mean().item()
-        self.rows.append(dict(row, train_seconds=round(self.trained, 2), seconds=round(time.perf_counter() - self.start, 2)))
+        self.rows.append(dict(row, train_seconds=round(self.trained, 2),
+                              seconds=round(time.perf_counter() - self.start, 2)))
         save_atomically(lambda f: pd.DataFrame(self.rows).to_csv(f, index=False), self.path)
 
 # %% ../nbs/18c_history.ipynb #19keepbe
@@ -66,7 +70,8 @@ class KeepBest(TrackerCallback):
         if not self.new_best: return
         save_atomically(lambda f: save_weights(get_model(self.model), f), self.path)
         images = 'held-out' if len(self.dls.loaders) > 2 else 'test'
-        if isfinite(before) and not rank_distrib(): print(f'{images} accuracy {100*before:.2f} → {100*self.best:.2f}, saved')
+        if isfinite(before) and not rank_distrib():
+            print(f'{images} accuracy {100*before:.2f} → {100*self.best:.2f}, saved')
 
 # %% ../nbs/18c_history.ipynb #aa515099
 def tensorboard_logs(
@@ -74,10 +79,12 @@ def tensorboard_logs(
 ):
     "fastai's TensorBoard callback. Raises InputError where the package tensorboard is not installed"
     try: from fastai.callback.tensorboard import TensorBoardCallback
-    except ImportError: raise InputError("TensorBoard logs need a package: pip install 'cifar_cam[tensorboard]'") from None
+    except ImportError:
+        raise InputError("TensorBoard logs need a package: pip install 'cifar_cam[tensorboard]'") from None
 
     class NumbersCallback(TensorBoardCallback):
-        "PyTorch's optimizers have settings that are no numbers, which fastai's callback would write too, after validation batches as well"
+        """PyTorch's optimizers have settings that are no numbers, which fastai's callback would write too, after
+        validation batches as well"""
         def after_batch(self):
             if not self.training: return
             self.writer.add_scalar('train_loss', self.smooth_loss, self.train_iter)

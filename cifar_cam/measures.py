@@ -22,7 +22,9 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from .core import InputError
-from .cam import cam_maps, find_layer, map_sizes, untouched, unwrap
+from .forward import untouched, unwrap
+from .layers import find_layer, map_sizes
+from .cam import cam_maps
 
 # %% ../nbs/15_measures.ipynb #8a2110e8
 @contextmanager
@@ -43,7 +45,8 @@ def positive_maps(
 ) -> torch.Tensor: # float64 N×h×w, on the CPU
     "The positive part of each map at the layer's resolution; NaN where the network's output is not finite"
     with _numpy_seed(seed):
-        found = [cam_maps(model, xb, method, layer, t, raw=True, min_px=min_px) for xb,t in zip(x.split(bs), targets.split(bs))]
+        found = [cam_maps(model, xb, method, layer, t, raw=True, min_px=min_px)
+                 for xb,t in zip(x.split(bs), targets.split(bs))]
     lost = torch.cat([~f.preds.isfinite().all(1) for f in found])
     return torch.cat([f.maps for f in found]).clamp(min=0).masked_fill(lost[:, None, None], torch.nan).cpu().double()
 
@@ -65,13 +68,15 @@ def energy_inside(
     maps:torch.Tensor, # N×h×w
     regions:torch.Tensor, # N×H×W: masks, of the maps' resolution or another
 ) -> torch.Tensor: # N scores in [0,1]
-    "The share of a map's positive attribution that lies in a region; 0 for a map without any, NaN for NaN (Wang et al. 2020)"
+    """The share of a map's positive attribution that lies in a region; 0 for a map without any, NaN for NaN (Wang et
+    al. 2020)"""
     maps = maps.cpu().clamp(min=0).double()
     inside,total = (maps*cell_shares(regions, maps.shape[1:])).sum((1, 2)),maps.sum((1, 2))
     return torch.where(total == 0, 0., inside/total)
 
 # %% ../nbs/15_measures.ipynb #76ccf74b
-def _enlarged(maps, size): return F.interpolate(maps.clamp(min=0)[:, None], size=tuple(size), mode='bilinear', align_corners=False)[:, 0]
+def _enlarged(maps, size):
+    return F.interpolate(maps.clamp(min=0)[:, None], size=tuple(size), mode='bilinear', align_corners=False)[:, 0]
 
 def pointing_game(
     maps:torch.Tensor, # N×h×w
@@ -99,7 +104,8 @@ def pick_montages(
     while count.sum() > 4*m: count[rng.choice(np.flatnonzero(count == count.max()))] -= 1 # the largest give first
     rows = []
     for left in range(m, 0, -1):
-        key = np.log(rng.random(len(count)))/np.maximum(count, 1e-9) # the four largest: a draw by weight (Efraimidis & Spirakis 2006)
+        # the four largest: a draw by weight (Efraimidis & Spirakis 2006)
+        key = np.log(rng.random(len(count)))/np.maximum(count, 1e-9)
         four = rng.permutation(np.where(count == left, np.inf, key).argsort()[-4:])
         count[four] -= 1
         rows.append([pools[c].pop() for c in four])
@@ -136,7 +142,8 @@ def removal_order(
     size:tuple, # height and width of the images
     seed:int=0, # for the order of equal pixels
 ) -> torch.Tensor: # N×HW places in the image, highest first
-    "The pixels of each image by their value in the enlarged map; equal ones in a random order that depends on `seed` only"
+    """The pixels of each image by their value in the enlarged map; equal ones in a random order that depends on
+    `seed` only"""
     m = _enlarged(maps.nan_to_num(0).float().cpu(), size).flatten(1)
     shuffled = torch.rand(m.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
     return shuffled.gather(1, m.gather(1, shuffled).argsort(dim=1, descending=True, stable=True))
@@ -150,7 +157,8 @@ def target_probs(
     "The softmax probability of one class for each image"
     model,x = unwrap(model),x.as_subclass(torch.Tensor)
     p = next(model.parameters())
-    with untouched(model): probs = torch.cat([model(xb.to(p.device, p.dtype)).float().softmax(1).cpu() for xb in x.split(bs)])
+    with untouched(model):
+        probs = torch.cat([model(xb.to(p.device, p.dtype)).float().softmax(1).cpu() for xb in x.split(bs)])
     return probs.gather(1, targets.cpu().as_subclass(torch.Tensor)[:, None])[:, 0]
 
 # %% ../nbs/15_measures.ipynb #22df5c16
@@ -177,9 +185,12 @@ def impute_pixels(
     keep:torch.Tensor, # N×H×W booleans: the pixels that stay, at least one in each image
     noise:torch.Tensor=None, # added to the pixels that do not stay: N×C×H×W
 ) -> torch.Tensor: # x with the other pixels filled in
-    "Noisy linear imputation: each removed pixel is the weighted mean of its neighbours (Rong et al. 2022). Raises InputError if all are removed"
+    """Noisy linear imputation: each removed pixel is the weighted mean of its neighbours (Rong et al. 2022). Raises
+    InputError if all are removed"""
     step = max(1, 2**18//keep[0].numel())  # the system of 256 images at 32×32 takes 130 MB
-    if len(x) > step: return torch.cat([impute_pixels(*o) for o in zip(x.split(step), keep.split(step), [None]*len(x) if noise is None else noise.split(step))])
+    if len(x) > step:
+        return torch.cat([impute_pixels(*o) for o in zip(x.split(step), keep.split(step), [None]*len(x)
+                                                         if noise is None else noise.split(step))])
     if not keep.flatten(1).any(1).all():
         raise InputError('an image without a pixel that stays cannot be filled in: keep at least one')
     gone,values = ~keep.cpu().numpy(),x.detach().cpu().double().permute(0, 2, 3, 1).numpy()
@@ -223,7 +234,8 @@ def deletion_insertion(
     steps:int=16, # parts in which the pixels go: 64 pixels each at 32×32, four cells of an 8×8 map
     seed:int=0, # for the order of equal pixels
 ) -> tuple: # N areas under the deletion curve, N areas under the insertion curve
-    "Deletion, lower is better, and insertion, higher is better, from an 11×11 Gaussian blur of σ=5 (Petsiuk et al. 2018)"
+    """Deletion, lower is better, and insertion, higher is better, from an 11×11 Gaussian blur of σ=5 (Petsiuk et al.
+    2018)"""
     rank = removal_order(maps, x.shape[2:], seed).argsort(1).view(len(x), 1, *x.shape[2:]).to(x.device)
     done = torch.linspace(0, rank[0].numel(), steps + 1).round()
     lost = maps.isnan().flatten(1).any(1).cpu()
@@ -234,7 +246,8 @@ def deletion_insertion(
 
 # %% ../nbs/15_measures.ipynb #a532a28e
 def _weighted_layers(model, x):
-    "(name, modules) of each layer that has parameters, in the order of the forward pass; a normalisation belongs to the layer before it"
+    """(name, modules) of each layer that has parameters, in the order of the forward pass; a normalisation belongs
+    to the layer before it"""
     layers,modules = [],dict(model.named_modules())
     for n in map_sizes(model, x[:1]):
         own = list(modules[n].parameters(recurse=False))
@@ -242,7 +255,8 @@ def _weighted_layers(model, x):
         if layers and all(p.ndim < 2 for p in own): layers[-1][1].append(modules[n])
         else: layers.append((n, [modules[n]]))
     listed = {m for _,ms in layers for m in ms}
-    if layers: layers[0][1].extend(m for m in modules.values() if m not in listed and list(m.parameters(recurse=False)))  # used without being called
+    # used without being called
+    if layers: layers[0][1].extend(m for m in modules.values() if m not in listed and list(m.parameters(recurse=False)))
     return layers
 
 def _reset(module):
@@ -255,11 +269,13 @@ def randomised(
     x:torch.Tensor, # an image or more: finds the order of the layers
     seed:int=0, # of the random weights
 ) -> Iterator: # of (layer name, network)
-    "Destroy one copy of `model` layer by layer from the top, and give (layer, the copy) after each: the same object every time. At the end no weight is trained (Adebayo et al. 2018)"
+    """Destroy one copy of `model` layer by layer from the top, and give (layer, the copy) after each: the same
+    object every time. At the end no weight is trained (Adebayo et al. 2018)"""
     net = deepcopy(unwrap(model)).eval()
     p = next(net.parameters())
     for i,(name,modules) in enumerate(reversed(_weighted_layers(net, x.to(p.device, p.dtype)))):
-        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())
+                                                    if torch.cuda.is_initialized() else []):
             torch.manual_seed(1000*seed + i)
             for m in modules: _reset(m)
         yield name,net
@@ -269,7 +285,8 @@ def rank_correlation(
     a:torch.Tensor, # N×h×w
     b:torch.Tensor, # N×h×w
 ) -> np.ndarray: # N correlations in [-1,1]
-    "Spearman's rank correlation of each map in `a` with that in `b`; 0 where one of them is constant, NaN where one has a NaN"
+    """Spearman's rank correlation of each map in `a` with that in `b`; 0 where one of them is constant, NaN where
+    one has a NaN"""
     a,b = a.cpu(),b.cpu()
     lost = (a.isnan() | b.isnan()).flatten(1).any(1).numpy()
     ra,rb = (rankdata(o.flatten(1).nan_to_num(0).numpy(), axis=1) for o in (a, b))
@@ -287,7 +304,7 @@ def cascade(
 ) -> dict: # layer → N correlations with the trained network's maps, from the top down
     "What remains of the maps as the network is destroyed from the top (Adebayo et al. 2018)"
     if not isinstance(layer, str): layer = find_layer(unwrap(model), layer)[0] # the copy has other modules
-    maps = lambda net: positive_maps(net, x, targets, method, layer, min_px, seed)
+    def maps(net): return positive_maps(net, x, targets, method, layer, min_px, seed)
     trained = maps(model)
     return {name: rank_correlation(trained, maps(net)) for name,net in randomised(model, x, seed)}
 

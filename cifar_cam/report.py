@@ -19,110 +19,55 @@ from PIL import Image
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import colormaps
-from matplotlib.ticker import MaxNLocator
 
 from . import __version__
 from .core import InputError, save_atomically
 from .models import count_parameters
-from .interpret import CamInterpretation, take_turns
+from .predictions import take_turns
+from .interpret import CamInterpretation
 from .scorecard import METRICS
 from .recipe import chooses, RECIPES
 from .run import load_run, Run
+from .charts import chart_dots, chart_panel, chart_place, curve_chart, epoch_span, page_chart
 from .summary import class_table, paired_difference, reliability, run_command
 
-# %% ../nbs/20_report.ipynb #b208f6b4
-def _scale(values, n=5, lim=None, integer=False):
-    "(low, high, [(value, text)]): limits at round numbers, or `lim` with the round numbers inside"
-    values = [v for v in values if isfinite(v)] or [0, 1]
-    lo,hi = lim or (min(values), max(values))
-    if lo==hi: lo,hi = lo - (abs(lo)/10 or .5), hi + (abs(hi)/10 or .5)
-    ticks = MaxNLocator(n, integer=integer).tick_values(lo, hi)
-    if lim is None: lo,hi = ticks[0],ticks[-1]
-    return float(lo),float(hi),[(float(t), f'{t:.6g}'.replace('-', '−')) for t in ticks if lo <= t <= hi]
-
-def _percent(v, lo, hi): return round(100*(v - lo)/(hi - lo), 2)
-
-def _line(xs, ys, xlim, ylim):
-    "An SVG path through the points; it is broken where a number is missing"
-    d,pen = [],'M'
-    for x,y in zip(xs, ys):
-        if isfinite(y): d.append(f'{pen}{_percent(x, *xlim):g} {100 - _percent(y, *ylim):g}')
-        pen = 'L' if isfinite(y) else 'M'
-    return ''.join(d)
-
-def _dots(xs, ys, xlim, ylim): return ''.join(f'M{_percent(x, *xlim):g} {100 - _percent(y, *ylim):g}h0' for x,y in zip(xs, ys) if isfinite(y))
-
-# %% ../nbs/20_report.ipynb #98840be9
-def _panel(
-    curves, # (name, CSS classes, xs, ys), the most important last
-    xlim,
-    title='',
-    ticks=5,
-    lim=None, # of y
-):
-    lo,hi,marks = _scale([y for _,_,_,ys in curves for y in ys], ticks, lim)
-    series = []
-    for _,css,xs,ys in curves:
-        series.append(dict(css=f'line {css}', d=_line(xs, ys, xlim, (lo, hi))))
-        plain = not set(css.split()) & {'dashed', 'thin', 'long'}
-        if plain and len(xs) <= 40: series.append(dict(css=f'dots {css}', d=_dots(xs, ys, xlim, (lo, hi))))
-    return dict(title=title, ys=[(_percent(v, lo, hi), t) for v,t in marks], series=series)
-
-# %% ../nbs/20_report.ipynb #660f158e
-def _chart(
-    panels, # of `_panel`, one above the other
-    xlim, xname, alt,
-    legend=(), # (name, CSS classes)
-    integer=True, # whole numbers on the x axis
-):
-    marks = _scale([], 7 if integer else 5, xlim, integer)[2]
-    return dict(panels=panels, xs=[(_percent(v, *xlim), t) for v,t in marks], xname=xname, alt=alt, legend=[(n, f'line {c}') for n,c in legend if n])
-
-def _span(epochs): # one epoch alone is in the middle
-    lo,hi = min(epochs),max(epochs)
-    return (lo, hi) if hi > lo else (lo - 1, hi + 1)
-
-def _tell(name, epochs, ys, unit=''):
-    "A curve in words"
-    there = [(e, y) for e,y in zip(epochs, ys) if isfinite(y)]
-    if not there: return f'{name}: no numbers.'
-    (a,first),(b,last) = there[0],there[-1]
-    return f'{name}: {first:.4g}{unit} at epoch {a:g}' + (f', {last:.4g}{unit} at epoch {b:g}.' if b > a else '.')
-
 # %% ../nbs/20_report.ipynb #4c0e8960
-def _chart_of(title, unit, curves, xlim, strips=()):
-    "Curves by epoch, perhaps with more panels beneath, and the same in words"
-    words = ' '.join(_tell(name, xs, ys, unit) for name,_,xs,ys in curves)
-    return _chart([_panel(curves, xlim, title), *strips], xlim, 'epoch', f'{title} by epoch. {words}', [(n, css) for n,css,_,_ in reversed(curves)])
-
-def _test_column(h): return 'test_accuracy' if 'test_accuracy' in h else 'valid_accuracy' # where nothing is held out, test is what is validated on
+# where nothing is held out, test is what is validated on
+def _test_column(h): return 'test_accuracy' if 'test_accuracy' in h else 'valid_accuracy'
 
 def _run_curves(run, selected):
     "Two charts, accuracy and loss, the learning rate beneath each; the published accuracy behind ours"
     h,pub,figure = run.history,run.published,run.recipe.published
-    e,xlim,test = h.epoch.tolist(),_span(h.epoch),_test_column(h)
+    e,xlim,test = h.epoch.tolist(),epoch_span(h.epoch),_test_column(h)
     held = test!='valid_accuracy'
-    accuracy = [('train', 'c2 dashed', e, 100*h.train_accuracy), *[('held out', 'c3 thin', e, 100*h.valid_accuracy)]*held,
+    accuracy = [('train', 'c2 dashed', e, 100*h.train_accuracy),
+                *[('held out', 'c3 thin', e, 100*h.valid_accuracy)]*held,
                 ('test (selected on it)' if selected else 'test', 'c1', e, 100*h[test])]
     if pub is not None:
         near = pub[pub.epoch.between(*xlim)]
-        accuracy = [('published', 'c0', near.epoch.tolist(), near.test_accuracy), (f'published: {figure:g} %', 'c0 long thin', xlim, [figure]*2), *accuracy]
+        accuracy = [('published', 'c0', near.epoch.tolist(), near.test_accuracy),
+                    (f'published: {figure:g} %', 'c0 long thin', xlim, [figure]*2), *accuracy]
     loss = [('train', 'c2 dashed', e, h.train_loss), ('held out' if held else 'test', 'c1', e, h.valid_loss)]
-    lr = _panel([('LR', 'c0', e, h.lr)], xlim, 'Learning rate, end of the epoch', 2)
-    return [_chart_of('Accuracy, %', ' %', accuracy, xlim, [lr]), _chart_of('Loss', '', loss, xlim, [lr])]
+    lr = chart_panel([('LR', 'c0', e, h.lr)], xlim, 'Learning rate, end of the epoch', 2)
+    return [curve_chart('Accuracy, %', ' %', accuracy, xlim, [lr]), curve_chart('Loss', '', loss, xlim, [lr])]
 
 # %% ../nbs/20_report.ipynb #a050dbf5
 def _calibration_chart(bins, selected):
     "Accuracy over confidence, with intervals; how many images beneath"
-    whiskers = ''.join(f'M{100*c:.2f} {100 - 100*lo:.2f}V{100 - 100*hi:.2f}' for c,lo,hi in zip(bins.confidence, bins.low, bins.high))
-    dots = _dots(bins.confidence, bins.accuracy, (0, 1), (0, 1))
-    main = dict(title='Accuracy of the images in a bin' + ' (selected on the test set)'*selected, ys=[(20*i, f'{.2*i:.1f}') for i in range(6)],
-                series=[dict(css='line c0 long thin', d='M0 100L100 0'), dict(css='line c1 thin', d=whiskers), dict(css='dots c1', d=dots)])
+    whiskers = ''.join(f'M{100*c:.2f} {100 - 100*lo:.2f}V{100 - 100*hi:.2f}'
+                       for c,lo,hi in zip(bins.confidence, bins.low, bins.high))
+    dots = chart_dots(bins.confidence, bins.accuracy, (0, 1), (0, 1))
+    main = dict(title='Accuracy of the images in a bin' + ' (selected on the test set)'*selected,
+                ys=[(20*i, f'{.2*i:.1f}') for i in range(6)],
+                series=[dict(css='line c0 long thin', d='M0 100L100 0'), dict(css='line c1 thin', d=whiskers),
+                        dict(css='dots c1', d=dots)])
     most = bins.images.max()
-    bars = ''.join(f'M{100*b + .4:.2f} 100V{100 - 100*n/most:.2f}H{100*e - .4:.2f}V100Z' for b,e,n in zip(bins.begin, bins.end, bins.images))
+    bars = ''.join(f'M{100*b + .4:.2f} 100V{100 - 100*n/most:.2f}H{100*e - .4:.2f}V100Z'
+                   for b,e,n in zip(bins.begin, bins.end, bins.images))
     strip = dict(title='Images', ys=[(0, '0'), (100, f'{most:,}')], series=[dict(css='bars c1', d=bars)])
-    words = ' '.join(f'{c:.2f} sure: {a:.2f} right, {n:,} images.' for c,a,n in zip(bins.confidence, bins.accuracy, bins.images))
-    return _chart([main, strip], (0, 1), 'confidence', f'Accuracy by confidence. {words}', integer=False)
+    words = ' '.join(f'{c:.2f} sure: {a:.2f} right, {n:,} images.'
+                     for c,a,n in zip(bins.confidence, bins.accuracy, bins.images))
+    return page_chart([main, strip], (0, 1), 'confidence', f'Accuracy by confidence. {words}', integer=False)
 
 # %% ../nbs/20_report.ipynb #5f2c5a04
 def pick_images(
@@ -130,7 +75,8 @@ def pick_images(
     n:int=700, # at most so many
     seed:int=0, # which of those that are drawn at random
 ) -> list: # places in the data set
-    "Three sevenths have the highest losses; two are other mistakes, each pair of classes in turn; the rest is drawn from what is left"
+    """Three sevenths have the highest losses; two are other mistakes, each pair of classes in turn; the rest is
+    drawn from what is left"""
     down = interp.indices('top_losses')
     top,rest = down[:3*n//7],np.random.default_rng(seed).permutation(down[3*n//7:]).tolist()
     wrong = [i for i in rest if interp.preds[i] != interp.targs[i]]
@@ -166,28 +112,34 @@ def _colours(cmap): return _base64((255*colormaps[cmap](np.arange(256))[:, :3]).
 def _page_data(interp, **more):
     "What every page's script needs"
     colours = dict(heat=_colours('inferno'), difference=_colours('RdBu_r')) # those of `overlay` and `plot_cams`
-    return dict(dict(classes=[str(c) for c in interp.vocab], runs=[], colours=colours, map_size=None, images=[]), **more)
+    return dict(dict(classes=[str(c) for c in interp.vocab], runs=[], colours=colours, map_size=None, images=[]),
+                **more)
 
 # %% ../nbs/20_report.ipynb #528c45ee
 def _cells(cm): return [[int(t), int(p), int(cm[t,p])] for t,p in zip(*np.nonzero(cm))]
 
 def _images(interp, idxs, maps):
     "The images of the page. `maps`: ((N×h×w, blank), …), or () where none could be made"
-    return [dict(i=i, t=int(interp.targs[i]), file=file, src=_data_uri(image), maps=[_base64(m[n].tobytes()) for m,_ in maps],
-                 blank=[bool(b[n]) for _,b in maps]) for n,(i,file,image) in enumerate(zip(idxs, interp.file_names(idxs), interp.images(idxs)))]
+    return [dict(i=i, t=int(interp.targs[i]), file=file, src=_data_uri(image),
+                 maps=[_base64(m[n].tobytes()) for m,_ in maps],
+                 blank=[bool(b[n]) for _,b in maps]) for n,(i,file,image) in enumerate(zip(idxs,
+                                                                                           interp.file_names(idxs),
+                                                                                           interp.images(idxs)))]
 
 def _map_size(maps): return list(maps[0][0].shape[1:]) if maps else None
 
 # %% ../nbs/20_report.ipynb #2439836a
 def _said(interps, i):
     "What networks say about an image: classes, how sure they are, losses"
-    return dict(p=[int(o.preds[i]) for o in interps], c=[_short(o.probs[i].max()) for o in interps], loss=[_short(o.losses[i], 1e9) for o in interps])
+    return dict(p=[int(o.preds[i]) for o in interps], c=[_short(o.probs[i].max()) for o in interps],
+                loss=[_short(o.losses[i], 1e9) for o in interps])
 
 def _run_gallery(interp, idxs, maps):
     images = _images(interp, idxs, maps)
     for o,rival in zip(images, interp.asked(idxs, 'rival').tolist()):
         p,c = interp.probs[o['i']].topk(min(3, len(interp.vocab)))
-        o.update(_said([interp], o['i']), rival=rival, actual=_short(interp.probs[o['i'], o['t']]), top=[[int(k), _short(v)] for v,k in zip(p, c)])
+        o.update(_said([interp], o['i']), rival=rival, actual=_short(interp.probs[o['i'], o['t']]),
+                 top=[[int(k), _short(v)] for v,k in zip(p, c)])
     return _page_data(interp, images=images, map_size=_map_size(maps), confusion=_cells(interp.confusion_matrix()))
 
 def _short(v, otherwise=0.):
@@ -212,16 +164,19 @@ def _time_text(seconds):
 
 _FILTERS = dict(percent=_percent_text, interval=_range_text, value=_value_text, duration=_time_text,
                 count='{:,}'.format, four='{:.4f}'.format, points=lambda v: f'{100*v:+.2f}'.replace('-', '−'),
-                words=lambda k: k.replace('_', ' '), filename=lambda p: Path(p).name, numbered=lambda items: list(enumerate(items)))
+                words=lambda k: k.replace('_', ' '), filename=lambda p: Path(p).name,
+                numbered=lambda items: list(enumerate(items)))
 
 # %% ../nbs/20_report.ipynb #ae94a0db
 def _render(template, path, data, **values):
     "Write the page atomically"
-    env = Environment(loader=PackageLoader('cifar_cam'), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env = Environment(loader=PackageLoader('cifar_cam'), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                      lstrip_blocks=True)
     env.filters.update(_FILTERS)
     script = env.loader.get_source(env, 'report.js')[0]
     digest = f'sha256-{_base64(hashlib.sha256(script.encode()).digest())}'
-    html = env.get_template(template).render(data=data, script=Markup(script), script_hash=digest, version=__version__, **values)
+    html = env.get_template(template).render(data=data, script=Markup(script), script_hash=digest, version=__version__,
+                                             **values)
     # a file name that is not UTF-8 has characters that cannot be written
     save_atomically(lambda f: f.write_text(html, encoding='utf-8', errors='backslashreplace'), path)
     return path
@@ -232,7 +187,8 @@ def _table(name, frame, digits=4):
     def show(v):
         if isinstance(v, float): return '–' if v!=v else f'{v:.{digits}g}'
         return f'{v:,}' if isinstance(v, (int, np.integer)) else str(v)
-    return dict(name=name, columns=[str(c).replace('_', ' ') for c in frame], rows=[[show(v) for v in row] for row in frame.itertuples(index=False)])
+    return dict(name=name, columns=[str(c).replace('_', ' ') for c in frame],
+                rows=[[show(v) for v in row] for row in frame.itertuples(index=False)])
 
 def _settings(r):
     "(setting, value, the built-in recipe's value where it differs)"
@@ -245,14 +201,17 @@ def _selected(run):
     return bool(run.env['published_protocol'] and chooses(run.recipe))
 
 # %% ../nbs/20_report.ipynb #97b37815
-_LEVELS = ('e1', .01, '< 1\u00a0%'), ('e2', .025, '1 to 2.5\u00a0%'), ('e3', .05, '2.5 to 5\u00a0%'), ('e4', .1, '5 to 10\u00a0%'), ('e5', 2, '≥ 10\u00a0%')
+_LEVELS = (('e1', .01, '< 1\u00a0%'), ('e2', .025, '1 to 2.5\u00a0%'), ('e3', .05, '2.5 to 5\u00a0%'),
+           ('e4', .1, '5 to 10\u00a0%'), ('e5', 2, '≥ 10\u00a0%'))
 
 def _matrix(interp, largest=50):
     "Rows of cells for the confusion matrix; None where there are more than `largest` classes"
     cm,names = interp.confusion_matrix(),[str(c) for c in interp.vocab]
     if len(names) > largest: return None
-    level = lambda share: next(css for css,below,_ in _LEVELS if share < below)
-    cells = lambda i: [dict(n=int(n), css='right' if i==j else level(n/max(1, cm[i].sum()))) for j,n in enumerate(cm[i])]
+    def level(share): return next(css for css,below,_ in _LEVELS if share < below)
+    def cells(i):
+        total = max(1, cm[i].sum())
+        return [dict(n=int(n), css='right' if i==j else level(n/total)) for j,n in enumerate(cm[i])]
     return [dict(i=i, name=name, cells=cells(i)) for i,name in enumerate(names)]
 
 def _pairs(interp, k=12):
@@ -264,8 +223,8 @@ def _pairs(interp, k=12):
 def _class_rows(table, accuracy):
     "`class_table` with places in percent: (rows, low end of the scale in percent, place of the accuracy over all)"
     low = 10*int(10*min(accuracy, table.low.min())) # down to the next ten
-    places = {f'{k}_at': _percent(100*table[k], low, 100) for k in ('accuracy', 'low', 'high')}
-    return table.assign(**places).to_dict('records'),low,_percent(100*accuracy, low, 100)
+    places = {f'{k}_at': chart_place(100*table[k], low, 100) for k in ('accuracy', 'low', 'high')}
+    return table.assign(**places).to_dict('records'),low,chart_place(100*accuracy, low, 100)
 
 # %% ../nbs/20_report.ipynb #bc0ec854
 def _scorecard(path):
@@ -273,17 +232,22 @@ def _scorecard(path):
     if not path.exists(): return None
     try:
         score = json.loads(path.read_text(encoding='utf-8'))
-        return dict(tables=_score_tables(score), marked=bool(score['survivors']), about={k: v for k,v in score['about'].items() if not isinstance(v, (list, dict))})
+        return dict(tables=_score_tables(score), marked=bool(score['survivors']),
+                    about={k: v for k,v in score['about'].items() if not isinstance(v, (list, dict))})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise InputError(f'{path}: is not a scorecard ({type(e).__name__}: {e}); delete it, or run `cifar-cam score` again') from None
+        raise InputError(f'{path}: is not a scorecard ({type(e).__name__}: {e}); delete it, or run `cifar-cam score` '
+                         'again') from None
 
 def _score_tables(score):
     rows,cascades = score['rows'],score['cascades']
     metrics = [m for m in METRICS if any(m in v for v in rows.values())]
     layers = list(dict.fromkeys(l for v in cascades.values() for l in v))
-    cell = lambda r, m: _score_text(rows[r].get(m)) + '†'*(m=='randomisation' and r in score['survivors'])
-    scores = dict(name='Scores', columns=['Maps of', *(METRICS[m] for m in metrics)], rows=[[r, *(cell(r, m) for m in metrics)] for r in rows])
-    left = dict(name='Rank correlation with the maps of the trained network, destroyed down to a layer', columns=['Method', *layers],
+    def cell(r, m):
+        return _score_text(rows[r].get(m)) + '†'*(m=='randomisation' and r in score['survivors'])
+    scores = dict(name='Scores', columns=['Maps of', *(METRICS[m] for m in metrics)],
+                  rows=[[r, *(cell(r, m) for m in metrics)] for r in rows])
+    left = dict(name='Rank correlation with the maps of the trained network, destroyed down to a layer',
+                columns=['Method', *layers],
                 rows=[[k, *(_score_text(dict(mean=v.get(l))) for l in layers)] for k,v in cascades.items()])
     return [t for t in (scores, left) if t['rows']]
 
@@ -307,8 +271,10 @@ def _counts(run):
     "What the page counts anew from the predictions"
     interp,accuracy = run.interp,run.metrics['accuracy']
     rows,low,at = _class_rows(class_table(interp), accuracy)
-    return dict(hits=round(accuracy*len(interp.targs)), recount=int((interp.preds==interp.targs).sum()), images=len(interp.targs), classes=rows, scale_from=low,
-                mean_at=at, matrix=_matrix(interp), levels=_LEVELS, pairs=_pairs(interp), vocab=[str(c) for c in interp.vocab])
+    return dict(hits=round(accuracy*len(interp.targs)), recount=int((interp.preds==interp.targs).sum()),
+                images=len(interp.targs), classes=rows, scale_from=low,
+                mean_at=at, matrix=_matrix(interp), levels=_LEVELS, pairs=_pairs(interp),
+                vocab=[str(c) for c in interp.vocab])
 
 # %% ../nbs/20_report.ipynb #abff57ac
 def write_report(
@@ -316,17 +282,20 @@ def write_report(
     images:int=700, # at most so many in the gallery; see `pick_images`
     budget:int=3_500_000, # most bytes of images: of larger ones there are fewer
 ) -> Path: # of the file
-    "Write `report.html` into the folder of `run`. Raises InputError where the run is not finished or its data are not there"
+    """Write `report.html` into the folder of `run`. Raises InputError where the run is not finished or its data are
+    not there"""
     run = _as_run(run)
     run.learn.model.to(memory_format=torch.contiguous_format) # as `evaluate_learner` does: sums in the same order
     interp,selected = run.interp,_selected(run)
     idxs = pick_images(interp, _n_images(interp, images, budget))
     maps,no_maps = _maps_or_reason([interp], idxs, ('predicted', 'rival'))
     bins,(command,toml) = reliability(interp.probs, interp.targs),run_command(run)
-    return _render('report.html', run.path/'report.html', _run_gallery(interp, idxs, maps), run=run, r=run.recipe, m=run.metrics, selected=selected,
+    return _render('report.html', run.path/'report.html', _run_gallery(interp, idxs, maps), run=run, r=run.recipe,
+                   m=run.metrics, selected=selected,
         parameters=count_parameters(run.model), settings=_settings(run.recipe), built_in=run.recipe.name in RECIPES,
         curves=_run_curves(run, selected), history=_table('Epochs', run.history),
-        calibration=_calibration_chart(bins, selected), bins=_table('Bins of confidence', bins), shown=len(idxs), no_maps=no_maps,
+        calibration=_calibration_chart(bins, selected), bins=_table('Bins of confidence', bins), shown=len(idxs),
+        no_maps=no_maps,
         scorecard=_scorecard(run.path/'score.json'), command=command, toml=toml, **_counts(run))
 
 # %% ../nbs/20_report.ipynb #c63bccd2
@@ -335,21 +304,26 @@ def _labels(runs):
     names = [o.recipe.name for o in runs]
     return [n if names.count(n)==1 else f'{n} #{names[:i].count(n) + 1}' for i,n in enumerate(names)]
 
-def _same_images(runs): return len({(o.env['data_checksum'], o.recipe.size, *o.metrics['class_accuracy']) for o in runs})==1
+def _same_images(runs):
+    return len({(o.env['data_checksum'], o.recipe.size, *o.metrics['class_accuracy']) for o in runs})==1
 
 def _compared_curves(runs, labels):
-    xlim = _span([e for o in runs for e in o.history.epoch])
-    style = lambda i: f'c{i%6 + 1}' + ' dashed'*(i//6%2)
-    of = lambda values: [(label + ' *'*_selected(o), style(i), o.history.epoch.tolist(), values(o.history)) for i,(o,label) in enumerate(zip(runs, labels))][::-1]
-    return [_chart_of('Accuracy on test, %', ' %', of(lambda h: 100*h[_test_column(h)]), xlim), _chart_of('Loss', '', of(lambda h: h.valid_loss), xlim)]
+    xlim = epoch_span([e for o in runs for e in o.history.epoch])
+    def style(i): return f'c{i%6 + 1}' + ' dashed'*(i//6%2)
+    def of(values): return [(label + ' *'*_selected(o), style(i), o.history.epoch.tolist(), values(o.history))
+                         for i,(o,label) in enumerate(zip(runs, labels))][::-1]
+    return [curve_chart('Accuracy on test, %', ' %', of(lambda h: 100*h[_test_column(h)]), xlim),
+            curve_chart('Loss', '', of(lambda h: h.valid_loss), xlim)]
 
 def _compared_history(runs, labels):
     frames = [o.history.set_index('epoch')[_test_column(o.history)].rename(label) for o,label in zip(runs, labels)]
     return _table('Accuracy on test by epoch', pd.concat(frames, axis=1).sort_index().reset_index())
 
 def _compared_settings(runs, labels):
-    each = [dict(asdict(o.recipe), **{k: o.env.get(k) for k in ('data', 'seed', 'device', 'published_protocol', 'torch')}) for o in runs]
-    rows = [(k.replace('_', ' '), *(_value_text(e[k]) for e in each)) for k in each[0] if len({str(e[k]) for e in each}) > 1]
+    each = [dict(asdict(o.recipe), **{k: o.env.get(k) for k in ('data', 'seed', 'device', 'published_protocol',
+                                                                'torch')}) for o in runs]
+    rows = [(k.replace('_', ' '), *(_value_text(e[k]) for e in each)) for k in each[0]
+            if len({str(e[k]) for e in each}) > 1]
     return dict(name='Settings that differ', columns=('Setting', *labels), rows=rows)
 
 # %% ../nbs/20_report.ipynb #e929826c
@@ -370,7 +344,8 @@ def _disagreements(hits, n, seed=0):
 def _one_size(maps):
     "Maps of different networks brought to the largest of their sizes"
     h,w = (max(m.shape[d] for m,_ in maps) for d in (1, 2))
-    grow = lambda m: torch.nn.functional.interpolate(torch.from_numpy(m)[:, None].float(), size=(h, w), mode='bilinear')[:, 0].round().byte().numpy()
+    def grow(m): return torch.nn.functional.interpolate(torch.from_numpy(m)[:, None].float(), size=(h, w),
+                                                     mode='bilinear')[:, 0].round().byte().numpy()
     return tuple((m if m.shape[1:]==(h, w) else grow(m), b) for m,b in maps)
 
 # %% ../nbs/20_report.ipynb #467973bb
@@ -404,7 +379,10 @@ def compare_runs(
     else: page,hits = dict(images=[], runs=labels),np.empty((len(runs), 0), bool)  # no image is common to all
     differences = _differences(hits) if same else [None]*len(runs)
     path = Path(path or runs[0].path.parent/f'comparison-{time.strftime("%Y%m%d-%H%M%S")}.html')
-    return _render('compare.html', path, page, same=same, runs=list(zip(runs, labels, map(_selected, runs), differences)),
-        curves=_compared_curves(runs, labels), history=_compared_history(runs, labels), settings=_compared_settings(runs, labels), labels=labels,
-        crossed=[[sum(c) for c in row] for row in page.get('crossed', [])], shown=len(page['images']), map_size=page.get('map_size'),
+    return _render('compare.html', path, page, same=same, runs=list(zip(runs, labels, map(_selected, runs),
+                                                                        differences)),
+        curves=_compared_curves(runs, labels), history=_compared_history(runs, labels),
+        settings=_compared_settings(runs, labels), labels=labels,
+        crossed=[[sum(c) for c in row] for row in page.get('crossed', [])], shown=len(page['images']),
+        map_size=page.get('map_size'),
         vocab=page.get('classes', []), images=hits.shape[1], disagreed=int((hits.any(0) & ~hits.all(0)).sum()))

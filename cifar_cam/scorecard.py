@@ -25,12 +25,17 @@ from .interpret import CamInterpretation
 from .measures import (bootstrap_interval, cascade, deletion_insertion, energy_inside, grid_maps, grid_pg,
                                 montage, pick_montages, pointing_game, positive_maps, randomised, rank_correlation,
                                 road, target_probs)
-from .cam import cam_layer, cam_method, find_layer, unwrap
+from .forward import unwrap
+from .layers import cam_layer, find_layer
+from .cam import cam_method
 
 # %% ../nbs/16_scorecard.ipynb #e013449b
-METRICS = dict(energy='energy in object ↑', energy_other='energy, other mask', pointing='pointing game ↑', pointing_other='pointing, other mask',
-               gridpg='GridPG ↑', road='ROAD ↑', deletion='deletion ↓', insertion='insertion ↑', randomisation='random weights |ρ| ↓')
-SURVIVES = 0.3 # from this mean |ρ| with the maps of an untrained network on, a method is marked; unrelated maps have about 0.1
+METRICS = dict(energy='energy in object ↑', energy_other='energy, other mask', pointing='pointing game ↑',
+               pointing_other='pointing, other mask',
+               gridpg='GridPG ↑', road='ROAD ↑', deletion='deletion ↓', insertion='insertion ↑',
+               randomisation='random weights |ρ| ↓')
+# from this mean |ρ| with the maps of an untrained network on, a method is marked; unrelated maps have about 0.1
+SURVIVES = 0.3
 
 def _mean(scores): return float(s.mean()) if len(s := scores[~np.isnan(scores)]) else np.nan
 
@@ -38,7 +43,7 @@ class Scorecard:
     "Scores of CAM methods and of controls: a table with intervals, a chart, JSON"
     def __init__(self,
         scores:dict, # row → measure (a key of `METRICS`) → scores of single images or montages
-        maps:dict, # row → {'zero': maps without attribution, 'nan': maps of a network that gave no number, and 'montage_zero', 'montage_nan'}
+        maps:dict, # row → how many maps are 'zero' or 'nan', of images and of montages ('montage_zero', ...)
         cascades:dict, # method → layer → mean |rank correlation|, from the top down
         about:dict, # how it was made
     ): self.scores,self.maps,self.cascades,self.about = scores,maps,cascades,about
@@ -58,7 +63,8 @@ class Scorecard:
     @property
     def table(self) -> pd.DataFrame:
         "The means"
-        return pd.DataFrame({m: {r: (self.stat(r, m) or {}).get('mean', np.nan) for r in self.scores} for m in self.metrics})
+        return pd.DataFrame({m: {r: (self.stat(r, m) or {}).get('mean', np.nan) for r in self.scores}
+                             for m in self.metrics})
     @property
     def survivors(self) -> list:
         "Methods whose maps survive random weights: see `SURVIVES`"
@@ -70,9 +76,13 @@ def text(self:Scorecard) -> pd.DataFrame:
     "The table for readers: mean and interval, marks, counts of zero and NaN maps (images + montages)"
     def cell(r, m):
         if (s := self.stat(r, m)) is None: return '–'
-        return f"{s['mean']:.2f}" + (f" [{s['low']:.2f}, {s['high']:.2f}]" if np.isfinite(s['low']) else '') + '†'*(m == 'randomisation' and r in self.survivors)
+        interval = f" [{s['low']:.2f}, {s['high']:.2f}]" if np.isfinite(s['low']) else ''
+        mark = '†' if m == 'randomisation' and r in self.survivors else ''
+        return f"{s['mean']:.2f}{interval}{mark}"
     cells = {METRICS[m]: [cell(r, m) for r in self.scores] for m in self.metrics}
-    def count(r, k): return ' + '.join(str(self.maps[r][o]) for o in (k, f'montage_{k}') if o in self.maps[r]) if r in self.maps else '–'
+    def count(r, k):
+        there = self.maps.get(r, {})
+        return ' + '.join(str(there[o]) for o in (k, f'montage_{k}') if o in there) or '–'
     counts = {f'{k} maps': [count(r, k.lower()) for r in self.scores] for k in ('zero', 'NaN')}
     return pd.DataFrame(cells | counts, index=list(self.scores))
 
@@ -81,9 +91,11 @@ def caption(self:Scorecard) -> str:
     "What the numbers were made from"
     a = self.about
     marked = f" † survives random weights (mean |ρ| of {SURVIVES} or more)." if self.survivors else ''
-    montages = f"{a['montages']} montages, layer {a['montage_layer']}, from" if a['montages'] else 'no montage could be made from'
-    return (f"{a['images']} of {a['correct']:,} correctly classified images ({a['total']:,} in all), layer {a['layer']}. GridPG: {montages} "
-            f"{a['eligible']:,} images with a probability of {a['min_prob']} or more. 95 % bootstrap intervals, seed {a['seed']}.{marked}")
+    montages = 'no montage could be made from'
+    if a['montages']: montages = f"{a['montages']} montages, layer {a['montage_layer']}, from"
+    return (f"{a['images']} of {a['correct']:,} correctly classified images ({a['total']:,} in all), layer "
+            f"{a['layer']}. GridPG: {montages} {a['eligible']:,} images with a probability of {a['min_prob']} or more. "
+            f"95 % bootstrap intervals, seed {a['seed']}.{marked}")
 
 @patch
 def __repr__(self:Scorecard): return f'{self.text().to_string()}\n{self.caption()}'
@@ -95,8 +107,12 @@ def _repr_html_(self:Scorecard): return f'{self.text().to_html()}<p>{self.captio
 def to_json(self:Scorecard) -> str:
     "Everything but the scores of single images, as strict JSON: NaN is null"
     rows = {r: dict({m: s for m in self.metrics if (s := self.stat(r, m))}, maps=self.maps.get(r)) for r in self.scores}
-    plain = lambda o: {k: plain(v) for k,v in o.items()} if isinstance(o, dict) else None if isinstance(o, float) and np.isnan(o) else o
-    return json.dumps(plain(dict(about=self.about, rows=rows, cascades=self.cascades, survivors=self.survivors)), indent=1, allow_nan=False, ensure_ascii=False)
+    everything = dict(about=self.about, rows=rows, cascades=self.cascades, survivors=self.survivors)
+    return json.dumps(_without_nan(everything), indent=1, allow_nan=False, ensure_ascii=False)
+
+def _without_nan(o):
+    if isinstance(o, dict): return {k: _without_nan(v) for k,v in o.items()}
+    return None if isinstance(o, float) and np.isnan(o) else o
 
 @patch
 def save(self:Scorecard,
@@ -117,9 +133,11 @@ def plot(self:Scorecard,
     axs = fig.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for ax,m in zip(axs, metrics):
         for y,r in enumerate(rows):
-            colour = '#cc3311' if m == 'randomisation' and r in self.survivors else '#4477aa' if r in self.about['methods'] else '0.55'
+            colour = '#4477aa' if r in self.about['methods'] else '0.55'
+            if m == 'randomisation' and r in self.survivors: colour = '#cc3311'
             if s := self.stat(r, f'{m}_other'): ax.plot(s['mean'], y, 'o', mfc='white', mec=colour, ms=5)
-            if s := self.stat(r, m): ax.errorbar(s['mean'], y, xerr=_bars(s), fmt='o', c=colour, ms=5, capsize=2, lw=1.2)
+            if s := self.stat(r, m):
+                ax.errorbar(s['mean'], y, xerr=_bars(s), fmt='o', c=colour, ms=5, capsize=2, lw=1.2)
         if s := self.stat('chance', m): ax.axvline(s['mean'], ls='--', lw=1, c='0.4', zorder=0)
         if m == 'randomisation': ax.axvline(SURVIVES, ls=':', lw=1, c='#cc3311', zorder=0)
         ax.set_title(METRICS[m], fontsize=9)
@@ -141,10 +159,12 @@ def plot_cascade(self:Scorecard,
     fig = new_figure(figsize or (8, 3.2), dpi, layout='constrained')
     ax = fig.add_subplot()
     for method,remains in self.cascades.items():
-        ax.plot([1, *remains.values()], '.', lw=1.2, label=method, **(dict(ls='-') if method in self.about['methods'] else dict(c='0.55', ls=':')))
+        ax.plot([1, *remains.values()], '.', lw=1.2, label=method,
+                **(dict(ls='-') if method in self.about['methods'] else dict(c='0.55', ls=':')))
     ax.axhline(SURVIVES, ls='--', lw=1, c='0.4', zorder=0)
     layers = next(iter(self.cascades.values()))  # the same for all methods
-    ax.set_xticks(range(len(layers) + 1), ['trained', *layers], rotation=45, ha='right', rotation_mode='anchor', fontsize=8)
+    ax.set_xticks(range(len(layers) + 1), ['trained', *layers], rotation=45, ha='right', rotation_mode='anchor',
+                  fontsize=8)
     ax.set(ylabel='mean |rank correlation|', xlabel='destroyed down to')
     ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
     ax.grid(alpha=0.3)
@@ -157,7 +177,9 @@ def _image_scores(model, x, y, maps, masks, seed):
     scores = {}
     if masks is not None:
         scores = dict(energy=energy_inside(maps, masks), pointing=pointing_game(maps, masks))
-        if len(x) > 1: scores |= dict(energy_other=energy_inside(maps, masks.roll(1, 0)), pointing_other=pointing_game(maps, masks.roll(1, 0)))
+        if len(x) > 1:
+            scores |= dict(energy_other=energy_inside(maps, masks.roll(1, 0)),
+                           pointing_other=pointing_game(maps, masks.roll(1, 0)))
     scores |= dict(road=road(model, x, y, maps, seed=seed))
     scores['deletion'],scores['insertion'] = deletion_insertion(model, x, y, maps, seed=seed)
     return {k: v.numpy() for k,v in scores.items()}
@@ -193,12 +215,15 @@ def _sample(interp, n, montages, min_prob, seed):
     idxs = np.random.default_rng(seed).permutation(np.flatnonzero(right.numpy()))[:n].tolist()
     sure = right & (interp.probs.amax(1) >= min_prob)
     fours = pick_montages(interp.targs, sure, montages, seed)
-    return idxs,fours,dict(total=len(right), correct=int(right.sum()), images=len(idxs), eligible=int(sure.sum()), montages=len(fours))
+    return idxs,fours,dict(total=len(right), correct=int(right.sum()), images=len(idxs), eligible=int(sure.sum()),
+                           montages=len(fours))
 
 # %% ../nbs/16_scorecard.ipynb #3ec67060
 def _check_tiles(model, tile):
     try: target_probs(model, tile, torch.zeros(1, dtype=torch.long))
-    except RuntimeError as e: raise InputError(f"the network takes no montage of four images, {tile.shape[2]}×{tile.shape[3]} ({str(e).splitlines()[0]}): leave GridPG out by montages=0") from None
+    except RuntimeError as e:
+        raise InputError(f"the network takes no montage of four images, {tile.shape[2]}×{tile.shape[3]} "
+                         f"({str(e).splitlines()[0]}): leave GridPG out by montages=0") from None
 
 def score_cams(
     learn:Learner|CamInterpretation, # a trained network and its loaders, or its predictions on one of them
@@ -211,21 +236,28 @@ def score_cams(
     seed:int=0, # of images, montages, noise, random weights and intervals
     progress:bool=True, # show a bar
 ) -> Scorecard:
-    "Are these methods' maps to be believed? On the learner's last loader: the test images. Raises InputError for wrong methods, layers, numbers, masks"
+    """Are these methods' maps to be believed? On the learner's last loader: the test images. Raises InputError for
+    wrong methods, layers, numbers, masks"""
     methods = [cam_method(m)[0] for m in ([methods] if isinstance(methods, str) else methods)]
     check_seed(seed)
     if n < 1 or montages < 0 or not methods:
-        raise InputError(f'n={n}, montages={montages}, {len(methods)} methods: choose one image and one method at least')
-    interp = learn if isinstance(learn, CamInterpretation) else CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
+        raise InputError(f'n={n}, montages={montages}, {len(methods)} methods: choose '
+                         'one image and one method at least')
+    interp = learn
+    if not isinstance(learn, CamInterpretation):
+        interp = CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
     model,(idxs,fours,about) = interp.learn.model,_sample(interp, n, montages, min_prob, seed)
     if not isinstance(layer, str): layer = find_layer(unwrap(model), layer)[0] # copies of the model have other modules
     x,y,masks = interp[idxs][0].as_subclass(torch.Tensor),interp.targs[idxs],_masks(interp, idxs, masks)
-    tiles = montage(interp[fours][0].as_subclass(torch.Tensor), torch.arange(fours.numel()).view(-1, 4)) if len(fours) else None
-    if tiles is not None: _check_tiles(model, tiles[:1])
-    found_layer = lambda o: None if o is None else cam_layer(model, layer, min_px=min_px, x=o[:1])[0]
+    tiles = None
+    if len(fours):
+        tiles = montage(interp[fours][0].as_subclass(torch.Tensor), torch.arange(fours.numel()).view(-1, 4))
+        _check_tiles(model, tiles[:1])
+    def found_layer(o): return None if o is None else cam_layer(model, layer, min_px=min_px, x=o[:1])[0]
     about |= dict(layer=found_layer(x), montage_layer=found_layer(tiles))
     *_,(_,untrained) = randomised(model, x, seed)
-    rows = {m: (model, m) for m in dict.fromkeys([*methods, 'randomcam'])} | {f'{methods[0]}, random weights': (untrained, methods[0])}
+    rows = {m: (model, m) for m in dict.fromkeys([*methods, 'randomcam'])}
+    rows[f'{methods[0]}, random weights'] = untrained,methods[0]
     scores,found,cascades = {},{},{}
     for row,(net,method) in (progress_bar(rows.items(), leave=False) if progress else rows.items()):
         how = dict(method=method, layer=layer, min_px=min_px, seed=seed)
@@ -237,9 +269,12 @@ def score_cams(
             found[row] |= {f'montage_{k}': v for k,v in counts.items()}
         if net is model:
             remains = {l: np.abs(r) for l,r in cascade(model, x, y, **how).items()}
-            scores[row]['randomisation'],cascades[row] = [*remains.values()][-1],{l: _mean(r) for l,r in remains.items()}
-    scores['chance'] = _chance_scores(model, x, y, positive_maps(model, x, y, methods[0], layer, min_px, seed), masks, seed)
-    return Scorecard(scores, found, cascades, dict(about, methods=methods, classes=[str(c) for c in interp.vocab], min_prob=min_prob, seed=seed))
+            scores[row]['randomisation'] = [*remains.values()][-1]
+            cascades[row] = {l: _mean(r) for l,r in remains.items()}
+    like = positive_maps(model, x, y, methods[0], layer, min_px, seed)
+    scores['chance'] = _chance_scores(model, x, y, like, masks, seed)
+    return Scorecard(scores, found, cascades, dict(about, methods=methods, classes=[str(c) for c in interp.vocab],
+                                                   min_prob=min_prob, seed=seed))
 
 # %% ../nbs/16_scorecard.ipynb #fbf5606e
 def score_run(
@@ -252,6 +287,7 @@ def score_run(
     with writing(path): (path/'figures').mkdir(parents=True, exist_ok=True)
     card.save(path/'score.json')
     fig = card.plot()
-    save_atomically(lambda f: fig.savefig(f, format='png', dpi=110, bbox_inches='tight'), path/'figures'/'scorecard.png')
+    save_atomically(lambda f: fig.savefig(f, format='png', dpi=110, bbox_inches='tight'),
+                    path/'figures'/'scorecard.png')
     plt.close(fig)
     return card

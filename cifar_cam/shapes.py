@@ -187,7 +187,8 @@ def shapes_path(
     n_test:int=1000, # images to test on, a multiple of 10
     seed:int=42, # another seed is another set
 ) -> Path: # <path>/shapes10-…, with train/<class>, test/<class> and labels.txt
-    "Draw Shapes10 once; a finished set is reused. Raises InputError for bad sizes or seed, and for a set that lost files"
+    """Draw Shapes10 once; a finished set is reused. Raises InputError for bad sizes or seed, and for a set that lost
+    files"""
     sizes = dict(train=n_train, test=n_test)
     for split,n in sizes.items():
         if not isinstance(n, int) or n<10 or n%10:

@@ -26,7 +26,11 @@ def model_card(
     run:Run, # a finished run
 ) -> str:
     "What the Hub shows first: how the network was trained, what it reaches and how to ask it"
-    m,r = run.metrics,run.recipe
+    m,r,env = run.metrics,run.recipe,run.env
+    trained_on = f'`{run.data_name}`, seed {env["seed"]}, on {env["processor"] or env["device"]}'
+    source = ''
+    if run.data_name=='cifar10':
+        source = 'CIFAR-10: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images* (2009).'
     return f"""---
 library_name: cifar_cam
 license: apache-2.0
@@ -34,15 +38,18 @@ tags: [image-classification, fastai, grad-cam]
 ---
 # {r.name}
 
-{r.arch} with {r.norm} normalisation, {r.epochs} epochs on `{run.data_name}`, seed {run.env["seed"]}: {100*m["accuracy"]:.2f} % of {m["images"]:,} test images,
-{100*m["accuracy_flip_tta"]:.2f} % averaged with their mirror images; {run.chosen_on}. Trained on {run.env["processor"] or run.env["device"]}.
+{r.arch} with {r.norm} normalisation, {r.epochs} epochs on {trained_on}:
+{100*m["accuracy"]:.2f} % of {m["images"]:,} test images, {100*m["accuracy_flip_tta"]:.2f} % averaged with their
+mirror images; {run.chosen_on}.
 
-Licence: Apache 2.0 for the weights. {"CIFAR-10 is from Krizhevsky, *Learning Multiple Layers of Features from Tiny Images* (2009)." if run.data_name=="cifar10" else ""}
+Licence: Apache 2.0 for the weights. {source}
 
-`hf download REPOSITORY --local-dir FOLDER` fetches it as a folder, and `cifar-cam explain photo.jpg --run FOLDER` asks it about a photo.
+`hf download REPOSITORY --local-dir FOLDER` fetches it as a folder, and
+`cifar-cam explain photo.jpg --run FOLDER` asks it about a photo.
 
-Limits: it knows {", ".join(m["class_accuracy"])}, and nothing else; whatever it sees becomes one of these. A photo is squeezed to
-{m["size"][0]}×{m["size"][1]} pixels. The accuracy is that of images like those it was trained on; photos of other kinds do worse.
+Limits: it knows {", ".join(m["class_accuracy"])}, and nothing else; whatever it sees becomes one of these.
+A photo is squeezed to {m["size"][0]}×{m["size"][1]} pixels. The accuracy is that of images like those it was trained
+on; photos of other kinds do worse.
 """
 
 def push_to_hub(
@@ -56,7 +63,8 @@ def push_to_hub(
     run = run if isinstance(run, Run) else load_run(run)
     if not run.finished:
         raise InputError(f'{run.path}: the training is not finished; `cifar-cam train --resume {run.path}` goes on')
-    save_atomically(lambda f: f.write_text(model_card(run), encoding='utf-8', errors='backslashreplace'), run.path/'README.md')
+    save_atomically(lambda f: f.write_text(model_card(run), encoding='utf-8', errors='backslashreplace'),
+                    run.path/'README.md')
     api = HfApi()
     url = api.create_repo(repo, private=private, exist_ok=True)
     api.upload_folder(repo_id=repo, folder_path=run.path, allow_patterns=SHARED)
@@ -73,7 +81,8 @@ def ship_run(
     for name in 'recipe.json', 'env.json', 'history.csv': shutil.copy(run.path/name, path/name)
     save_weights(run.model, path/'weights.safetensors', half=True)
     load_weights(learn.model, path/'weights.safetensors')
-    write_json(run.metrics | evaluate_learner(learn, learn.dls[-1], run.recipe.tta) | dict(weights_sha256=sha256(path/'weights.safetensors')), path/'metrics.json')
+    measured = evaluate_learner(learn, learn.dls[-1], run.recipe.tta)
+    write_json(run.metrics | measured | dict(weights_sha256=sha256(path/'weights.safetensors')), path/'metrics.json')
     shipped = load_run(path)
     (path/'README.md').write_text(model_card(shipped), encoding='utf-8', errors='backslashreplace')
     return shipped
@@ -88,11 +97,14 @@ def from_pretrained(cls:CamInterpretation,
     dls:DataLoaders, # of CIFAR-10, from `cifar_dls`
     ds_idx:int=1, # which of its loaders: 0 train, 1 validation, -1 the last
 ) -> CamInterpretation:
-    "What the network that comes with the package makes of the images of `dls`. Ask for its maps by `method='hirescam'`: Grad-CAM's are at chance in it (docs/results.md). Raises InputError for other classes, sizes or normalisation"
+    """What the network that comes with the package makes of the images of `dls`. Ask for its maps by
+    `method='hirescam'`: Grad-CAM's are at chance in it (docs/results.md). Raises InputError for other classes,
+    sizes or normalisation"""
     run = pretrained_run()
     known,given = list(run.metrics['class_accuracy']),[str(c) for c in dls.vocab]
     if known!=given:
-        raise InputError(f"the network that comes with the package knows {', '.join(known)}; these images are of {', '.join(given)}: train one, and use from_learner")
+        raise InputError(f"the network that comes with the package knows {', '.join(known)}; these images are of "
+                         f"{', '.join(given)}: train one, and use from_learner")
     wanted,found = ({k: m[k] for k in ('size', 'mean', 'std')} for m in (run.metrics, image_format(dls)))
     if wanted!=found:
         raise InputError(f'the network that comes with the package sees images of {wanted}; these are of {found}')

@@ -23,12 +23,14 @@ from .run import Run
 def class_table(
     interp:CamInterpretation, # predictions on the test images
 ) -> pd.DataFrame:
-    "Images, correct ones, accuracy and its 95 % interval (Wilson) of each class, best first; a class without images is last, with NaN"
+    """Images, correct ones, accuracy and its 95 % interval (Wilson) of each class, best first; a class without
+    images is last, with NaN"""
     cm,rows = interp.confusion_matrix(),[]
     for i,c in enumerate(interp.vocab):
         n,k = int(cm[i].sum()),int(cm[i,i])
         low,high = accuracy_interval(k, n) if n else (np.nan, np.nan)
-        rows.append({'class': str(c), 'images': n, 'correct': k, 'accuracy': k/n if n else np.nan, 'low': low, 'high': high})
+        rows.append({'class': str(c), 'images': n, 'correct': k, 'accuracy': k/n if n else np.nan, 'low': low,
+                     'high': high})
     return pd.DataFrame(rows).sort_values('accuracy', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../nbs/19b_summary.ipynb #835e9d06
@@ -37,14 +39,16 @@ def reliability(
     targets:torch.Tensor, # N classes
     bins:int=15, # of equal width, as in `calibration_error`
 ) -> pd.DataFrame:
-    "Images, mean confidence, accuracy and its 95 % interval (Wilson) in each bin of confidence that has images (Guo et al. 2017)"
+    """Images, mean confidence, accuracy and its 95 % interval (Wilson) in each bin of confidence that has images
+    (Guo et al. 2017)"""
     conf,pred = probs.nan_to_num(0).max(1) # a network that diverged is sure of nothing
     where,rows = (conf*bins).ceil().long().clamp(1, bins) - 1,[]
     for b in where.unique().tolist():
         inside = where==b
         k,n = int((pred==targets)[inside].sum()),int(inside.sum())
         low,high = accuracy_interval(k, n)
-        rows.append(dict(begin=b/bins, end=(b+1)/bins, images=n, confidence=conf[inside].double().mean().item(), accuracy=k/n, low=low, high=high))
+        rows.append(dict(begin=b/bins, end=(b+1)/bins, images=n, confidence=conf[inside].double().mean().item(),
+                         accuracy=k/n, low=low, high=high))
     return pd.DataFrame(rows)
 
 # %% ../nbs/19b_summary.ipynb #c3838c07
@@ -55,10 +59,12 @@ def run_command(
     r,env = run.recipe,run.env
     base,about = (RECIPES | PUBLISHED_RECIPES).get(r.name),('published', 'published_as')
     changed = {} if base is None else {k: v for k,v in asdict(r).items() if v != getattr(base, k) and k not in about}
-    toml = '' if base else ''.join(f'{k} = {json.dumps(v, ensure_ascii=False)}\n' for k,v in asdict(r).items() if v is not None)
+    toml = '' if base else ''.join(f'{k} = {json.dumps(v, ensure_ascii=False)}\n' for k,v in asdict(r).items()
+                                   if v is not None)
     n = env.get('processes', 1)
     launch = ['torchrun', '--standalone', '--nproc-per-node', n, '-m', 'cifar_cam'] if n > 1 else ['cifar-cam']
-    words = [*launch, 'train', r.name if base else f'{r.name}.toml', '--data', env['data'], '--seed', env['seed'], '--device', env['device']]
+    words = [*launch, 'train', r.name if base else f'{r.name}.toml', '--data', env['data'], '--seed', env['seed'],
+             '--device', env['device']]
     for k,v in changed.items(): words += [f'--{k}', v] if k in ('epochs', 'bs') else ['--set', f'{k}={v}']
     return shlex.join(map(str, words + ['--published-protocol']*env['published_protocol'])),toml
 
@@ -68,7 +74,8 @@ def paired_difference(
     lost:int, # images that the first gets right and the second wrong
     n:int, # test images
 ) -> tuple: # (difference, low, high, p)
-    "Accuracy of the second run minus that of the first, its 95 % interval (Agresti & Min 2005) and the p value of McNemar's exact test"
+    """Accuracy of the second run minus that of the first, its 95 % interval (Agresti & Min 2005) and the p value of
+    McNemar's exact test"""
     b,c,m = gained + .5,lost + .5,n + 2
     mid,half = (b - c)/m, 1.96*(b + c - (b - c)**2/m)**.5/m
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.

@@ -161,14 +161,14 @@ def _section(folder, name, m, env, r, built_in, protocol):
 
 def _toctree(caption, entries): return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *entries, '```'])
 
-HOW_TO = 'own-recipe', 'own-images', 'own-network', 'repeat', 'colab-kaggle-gpus', 'several-gpus'
+HOW_TO = 'own-recipe', 'own-images', 'own-network', 'after-training', 'repeat', 'several-gpus', 'colab-kaggle-gpus'
 
 def gather():
     "Everything that the site is built from: path on the site → bytes"
     out = {}
     folders = ROOT/'nbs', ROOT/'nbs'/'experiments'
     notebooks = {f.relative_to(ROOT).as_posix(): read_notebook(f.relative_to(ROOT).as_posix()) for d in folders for f in sorted(d.glob('*.ipynb'))}
-    numbered = [p for p in notebooks if re.fullmatch(r'nbs/\d\d_\w+\.ipynb', p)]
+    numbered = [p for p in notebooks if re.fullmatch(r'nbs/\d\d[a-z]?_\w+\.ipynb', p)]
     modules = api.modules(ROOT/'cifar_cam')
     doc = lambda p: place(p).rsplit('.', 1)[0]
 

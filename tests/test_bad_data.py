@@ -12,9 +12,11 @@ from PIL import Image
 
 from cifar_cam.cli import main
 from cifar_cam.core import InputError
-from cifar_cam.images import check_folder, data_checksum, data_path, image_files, NamedImage, open_photo, unpack_images
+from cifar_cam.photos import NamedImage, open_photo
+from cifar_cam.formats import unpack_images
+from cifar_cam.images import check_folder, data_checksum, data_path, image_files
 from cifar_cam.loaders import cached_images, cifar_dls
-from cifar_cam.interpret import explain_image
+from cifar_cam.photo import explain_image
 from cifar_cam.evaluate import save_weights
 from cifar_cam.run import fit_run, load_run
 from cifar_cam.experiment import run_recipe, train_run
@@ -142,7 +144,7 @@ def deeper(path):
     for f in path.glob('*.png'): f.rename(path/'images'/f.name)
 
 FOLDERS = dict(
-    no_image_in_a_class=(lambda d: [f.unlink() for f in (d/'train'/'star').iterdir()], 'star'), no_train=(lambda d: shutil.rmtree(d/'train'), 'train/'), no_test=(lambda d: shutil.rmtree(d/'test'), 'test/'),
+    no_image_in_a_class=(lambda d: [f.unlink() for f in (d/'train'/'star').iterdir()], 'star'), no_train=(lambda d: shutil.rmtree(d/'train'), 'train/'),
     train_is_a_file=(lambda d: (shutil.rmtree(d/'train'), (d/'train').touch()), 'train/'), class_is_a_file=(lambda d: (shutil.rmtree(d/'test'/'star'), (d/'test'/'star').touch()), 'star'),
     one_class_more=(lambda d: shutil.copytree(d/'train'/'star', d/'train'/'stars'), 'stars'), images_too_deep=(lambda d: deeper(d/'train'/'star'), 'star'),
     no_class_at_all=(lambda d: [shutil.rmtree(c) for c in (d/'train').iterdir()], 'train/'))

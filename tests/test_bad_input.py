@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from cifar_cam.augment import Cutout
 from cifar_cam.cli import main
 from cifar_cam.core import InputError
-from cifar_cam.images import data_path, open_photo
+from cifar_cam.photos import open_photo
+from cifar_cam.images import data_path
 from cifar_cam.loaders import cifar_dls
-from cifar_cam.interpret import explain_image
+from cifar_cam.photo import explain_image
 from cifar_cam.recipe import find_recipe, Recipe
 from cifar_cam.run import load_run, new_run_folder
 from cifar_cam.experiment import run_recipe, run_seeds

@@ -8,11 +8,11 @@ from fastai.data.external import fastai_path
 from fastai.vision.all import PILImage, RandomResizedCrop, Resize, Rotate, TensorImage, Transform
 from PIL import Image
 
-import cifar_cam.data as data
+import cifar_cam.images as data
 from cifar_cam.augment import albumentations_augment, cifar_augment, Cutout, HorizontalFlip
 from cifar_cam.core import InputError
-from cifar_cam.images import (check_cifar, CIFAR10, cifar_path, data_checksum, data_path, hold_out_splitter,
-                              image_files, unpack_images)
+from cifar_cam.formats import unpack_images
+from cifar_cam.images import check_cifar, CIFAR10, cifar_path, data_checksum, data_path, hold_out_splitter, image_files
 from cifar_cam.loaders import cached_images, cifar_dls, MemoryDL
 
 
@@ -334,9 +334,9 @@ def test_images_are_decoded_once_and_in_the_order_of_the_files(cached, monkeypat
 def test_a_changed_folder_is_noticed(cached, change):
     root,images,files = cached
     f = image_files(root)[0]
-    if change_recipe == 'pixels': Image.new('RGB', (32, 32), (9, 9, 9)).save(f)
-    if change_recipe == 'more': shutil.copy(f, f.with_name('again.png'))
-    if change_recipe == 'moved': f.rename(f.parent.parent/'star'/'moved.png')
+    if change == 'pixels': Image.new('RGB', (32, 32), (9, 9, 9)).save(f)
+    if change == 'more': shutil.copy(f, f.with_name('again.png'))
+    if change == 'moved': f.rename(f.parent.parent/'star'/'moved.png')
     again = cached_images(root)
     assert again.shape != images.shape or not torch.equal(again, images)
     assert one_cache(root) == files and torch.equal(cached_images(root), again)

@@ -11,7 +11,7 @@ import cifar_cam
 from cifar_cam.cli import main
 from cifar_cam.core import InputError
 from cifar_cam.loaders import cached_images
-from cifar_cam.interpret import explain_image
+from cifar_cam.photo import explain_image
 from cifar_cam.evaluate import load_weights
 from cifar_cam.run import fit_run, load_run
 from cifar_cam.experiment import run_recipe, train_run

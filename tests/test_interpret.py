@@ -17,9 +17,10 @@ from cifar_cam.augment import cifar_augment
 from cifar_cam.cam import CamMaps
 from cifar_cam.core import InputError
 from cifar_cam.loaders import cifar_dls
-from cifar_cam.images import open_photo
+from cifar_cam.photos import open_photo
 from cifar_cam.panels import fit_text, overlay, Panels
-from cifar_cam.interpret import CamInterpretation, explain_image
+from cifar_cam.interpret import CamInterpretation
+from cifar_cam.photo import explain_image
 from cifar_cam.shapes import SHAPES, shapes_path
 from cifar_cam.learner import cifar_learner
 

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from cifar_cam.core import InputError
-from cifar_cam.interpret import explain_image
+from cifar_cam.photo import explain_image
 from cifar_cam.models import MODELS
 from cifar_cam.run import load_run
 from cifar_cam.experiment import run_recipe

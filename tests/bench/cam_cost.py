@@ -7,7 +7,8 @@ from statistics import median
 import torch
 from pytorch_grad_cam import GradCAM
 
-from cifar_cam.cam import cam_layer, cam_maps
+from cifar_cam.layers import cam_layer
+from cifar_cam.cam import cam_maps
 from cifar_cam.models import MODELS
 from turns import keep, machine, options, ratio, take_turns
 
