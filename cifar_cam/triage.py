@@ -42,8 +42,10 @@ def classifier_of(
     model:nn.Module, # any classifier of images
 ) -> nn.Module:
     "The last linear layer of `model`: what it is given is the embedding. Raises InputError where there is none"
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size==(1, 1))]
-    if not linear: raise InputError(f'{type(model).__name__}: has no linear layer, so no embedding; give it one as its head')
+    def is_linear(m): return isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size==(1, 1))
+    linear = [m for m in model.modules() if is_linear(m)]
+    if not linear:
+        raise InputError(f'{type(model).__name__}: has no linear layer, so no embedding; give it one as its head')
     return linear[-1]
 
 # %% ../nbs/17_triage.ipynb #17seen01
@@ -67,7 +69,8 @@ def look(
     views:str='flip', # what logits are averaged over: a key of `TTA`, or 'plain' for the image alone
 ) -> Seen:
     "One pass of `model` over the images of `dl`. Raises InputError for unknown views"
-    if views != 'plain' and views not in TTA: raise InputError(f"views={views!r}: choose 'plain' or one of {', '.join(TTA)}")
+    if views != 'plain' and views not in TTA:
+        raise InputError(f"views={views!r}: choose 'plain' or one of {', '.join(TTA)}")
     given,rows = [],[]
     hook = classifier_of(model).register_forward_pre_hook(lambda _,args: given.append(args[0]))
     dl,was = dl.new(shuffle=False, drop_last=False),model.training
@@ -105,8 +108,9 @@ def neighbour_votes(
     k:int=100, # neighbours; on labels that we flipped, 10 were worse than 100, and 200 no better
     sharpness:float=10., # a neighbour's weight is e to this times its cosine
 ) -> np.ndarray: # N×C probabilities, none of them zero
-    "The labels of the `k` nearest training images by cosine, as a weighted vote. Raises InputError for fewer than `k` images"
-    if len(known) < k: raise InputError(f'{k} neighbours among {len(known)} training images: choose a smaller k')
+    "The labels of the `k` nearest training images by cosine, as a weighted vote. Raises InputError for fewer images"
+    if len(known) < k:
+        raise InputError(f'{k} neighbours among {len(known)} training images: choose a smaller k')
     unit = [o/np.linalg.norm(o, axis=1, keepdims=True).clip(1e-9) for o in (known, embeddings)]
     distance,near = NearestNeighbors(n_neighbors=k, algorithm='brute').fit(unit[0]).kneighbors(unit[1])
     weights = np.exp(-sharpness*distance**2/2)  # of unit vectors, half the squared distance is 1 − cosine
@@ -127,27 +131,31 @@ class Evidence:
 
     def __post_init__(self):
         n,c = len(self.files),len(self.classes)
-        if c < 2: raise InputError(f'{c} class: a label can only be doubted where there are two or more')
+        if c < 2:
+            raise InputError(f'{c} class: a label can only be doubted where there are two or more')
         if self.plain is None: self.plain = self.logits
         for name in 'logits', 'plain':
             shape = np.shape(getattr(self, name))
-            if shape != (n, c): raise InputError(f'{name} of shape {shape} for {n} images and {c} classes')
+            if shape != (n, c):
+                raise InputError(f'{name} of shape {shape} for {n} images and {c} classes')
         self.targs = np.asarray(self.targs)
-        if self.targs.shape != (n,) or not np.isin(self.targs, range(c)).all(): raise InputError(f'labels: {n} places from 0 to {c - 1} are needed')
+        if self.targs.shape != (n,) or not np.isin(self.targs, range(c)).all():
+            raise InputError(f'labels: {n} places from 0 to {c - 1} are needed')
         for name in 'logits', 'plain', 'votes':
             values = getattr(self, name)
             if values is not None and not np.isfinite(values).all():
                 bad = self.files[int(np.argmin(np.isfinite(values).all(1)))]
-                raise InputError(f'{bad}: the network says NaN or infinity; its training diverged, so leave that run out')
+                raise InputError(f'{bad}: the network says NaN or infinity: it diverged, so leave that run out')
         empty = np.flatnonzero(np.bincount(self.targs, minlength=c)==0)
-        if len(empty): raise InputError(f'{self.classes[empty[0]]}: no image has this label; add some, or leave the class out')
+        if len(empty):
+            raise InputError(f'{self.classes[empty[0]]}: no image has this label; add some, or leave the class out')
 
 # %% ../nbs/17_triage.ipynb #17evid04
 @patch
 def save(self:Evidence,
     path:str|Path, # the .npz file that is written
 ) -> Path:
-    "Everything in float16, with the names of the files: 10,000 images of ten classes take about 400 kB. Open it by `load_evidence`"
+    "Everything in float16, with the names of the files: 10,000 images take about 400 kB. See `load_evidence`"
     numbers = {k: v.astype(np.float16) for k in ('logits', 'plain', 'votes') if (v := getattr(self, k)) is not None}
     arrays = dict(files=np.array(self.files), classes=np.array(self.classes), targs=self.targs.astype(np.int32))
     packed = BytesIO()  # savez would add .npz to the name of the temporary file
@@ -164,25 +172,30 @@ def load_evidence(
         numbers = {k: arrays[k].astype(np.float64) for k in ('logits', 'plain', 'votes') if k in arrays}
         return Evidence(arrays['files'].tolist(), arrays['classes'].tolist(), arrays['targs'], **numbers)
     except InputError: raise
-    except Exception as e: raise InputError(f'{path}: is no saved evidence ({e}); make it by Evidence.save') from None
+    except Exception as e:
+        raise InputError(f'{path}: is no saved evidence ({e}); make it by Evidence.save') from None
 
 # %% ../nbs/17_triage.ipynb #17same01
 def check_evidence(
     evidence:list, # of `Evidence`, one for each network
 ) -> list:
     "`evidence` itself. Raises InputError where two of them are not about the same images, labels and classes"
-    if not evidence: raise InputError('no evidence: name at least one run')
+    if not evidence:
+        raise InputError('no evidence: name at least one run')
     first = evidence[0]
     for n,o in enumerate(evidence[1:], 2):
-        if list(o.classes) != list(first.classes): raise InputError(f'network {n}: knows other classes than the first ({", ".join(o.classes[:3])}, …)')
-        if list(o.files) != list(first.files): raise InputError(f'network {n}: was shown other images than the first; name runs on the same data')
-        if (o.targs != first.targs).any(): raise InputError(f'network {n}: was shown other labels than the first; name runs on the same data')
+        if list(o.classes) != list(first.classes):
+            raise InputError(f'network {n}: knows other classes than the first ({", ".join(o.classes[:3])}, …)')
+        if list(o.files) != list(first.files):
+            raise InputError(f'network {n}: was shown other images than the first; name runs on the same data')
+        if (o.targs != first.targs).any():
+            raise InputError(f'network {n}: was shown other labels than the first; name runs on the same data')
     return evidence
 
 # %% ../nbs/17_triage.ipynb #17pool01
 def pooled_probs(
     evidence:list, # of `Evidence`, one for each network
-    neighbours:float=.25, # share of the vote that the neighbours have, where they were asked; 0.1 to 0.5 did the same on labels that we flipped
+    neighbours:float=.25, # share of the vote that they have, where they were asked; 0.1 to 0.5 did the same
 ) -> np.ndarray: # N×C
     "The mean of what all networks say, each at its own temperature, and of what their neighbours say"
     said = [softmax(o.logits/temperature(o.logits, o.targs), 1) for o in check_evidence(evidence)]
@@ -208,7 +221,8 @@ def _odds(probs, targs):
 
 def _cleanlab(probs, targs):
     try: from cleanlab.rank import get_label_quality_scores
-    except ImportError: raise InputError("this score needs a package: pip install 'cifar_cam[triage]'") from None
+    except ImportError:
+        raise InputError("this score needs a package: pip install 'cifar_cam[triage]'") from None
     return 1 - get_label_quality_scores(targs, probs, method='normalized_margin', adjust_pred_probs=True)
 
 LABEL_SCORES = dict(odds=_odds, loss=_loss, margin=_margin, cleanlab=_cleanlab)
@@ -220,7 +234,8 @@ def label_scores(
     method:str='odds', # a key of `LABEL_SCORES`
 ) -> np.ndarray: # N, from 0 to 1
     "How doubtful each label is. Raises InputError for another method"
-    if method not in LABEL_SCORES: raise InputError(f"method={method!r}: choose one of {', '.join(LABEL_SCORES)}")
+    if method not in LABEL_SCORES:
+        raise InputError(f"method={method!r}: choose one of {', '.join(LABEL_SCORES)}")
     return LABEL_SCORES[method](probs, targs).clip(0, 1)
 
 # %% ../nbs/17_triage.ipynb #17ambi01
@@ -266,7 +281,7 @@ def _blurred(thumbs):
 def _same_contrast(x): return x/np.sqrt((x**2).mean((1, 2, 3), keepdims=True)).clip(1)
 
 def _likeness(a, b):
-    "Of pairs of N×3×32×32: the correlation in the worst tile at the best shift by up to a pixel; without structure nothing is alike"
+    "The correlation of pairs in their worst tile, at the best shift; without structure nothing is alike"
     middle,best,worst = _same_contrast(a[:, :, 1:-1, 1:-1]),np.full(len(a), -np.inf),np.zeros(len(a))
     for i in range(3):
         for j in range(3):
@@ -283,30 +298,34 @@ def find_copies(
     least:float=.88, # likeness from which two are the same picture: see the measures below
     k:int=3, # how many of the nearest are compared
 ) -> pd.DataFrame: # image, copy_of, likeness, mirrored
-    "Which images are the same picture as one of `among`, and which: shifted by a pixel, mirrored, brighter or darker, or saved again"
+    "Which images are the same picture as one of `among`: shifted by a pixel, mirrored, brighter, or saved again"
     same,others = among is None,thumbs if among is None else among
     search,rows = NearestNeighbors(n_neighbors=min(k + same, len(others)), algorithm='brute').fit(_coarse(others)),[]
     for mirrored in False, True:
         seen = thumbs[..., ::-1] if mirrored else thumbs
         far,near = search.kneighbors(_coarse(seen))
-        i,j = np.nonzero((far < .7) & ~(same & (near == np.arange(len(near))[:, None])))  # a cosine of 0.755; of a copy it is above 0.8
+        itself = same & (near == np.arange(len(near))[:, None])
+        i,j = np.nonzero((far < .7) & ~itself)  # a cosine of 0.755; of a copy it is above 0.8
         for part in np.array_split(np.arange(len(i)), len(i)//2000 + 1):
             image,of = i[part],near[i[part], j[part]]
-            rows.append(pd.DataFrame(dict(image=image, copy_of=of, likeness=_likeness(_blurred(seen[image]), _blurred(others[of])), mirrored=mirrored)))
+            likeness = _likeness(_blurred(seen[image]), _blurred(others[of]))
+            rows.append(pd.DataFrame(dict(image=image, copy_of=of, likeness=likeness, mirrored=mirrored)))
     found = pd.concat(rows).query('likeness >= @least').sort_values('likeness', ascending=False, kind='stable')
     return found.drop_duplicates('image').sort_values('image', ignore_index=True)
 
 # %% ../nbs/17_triage.ipynb #17verd01
 VERDICTS = dict(
     label=('Another class than the label is what the networks and the neighbours agree on, in all views.',
-           'Networks trained on the same images share their mistakes: a picture that all of them take for another thing is here too. Look at it before you change it.'),
+           'Networks that were trained on the same images share their mistakes, and what all of them take for another '
+           'thing is here too. Look at it before you change it.'),
     ambiguous=('What is said of the image is spread over several classes, whatever its label.',
                'Whether people would be divided too: a network may be lost where everybody sees a dog.'),
-    copy=('The same picture stands in the training set, or once more in the test set: shifted, mirrored or saved again.',
+    copy=('The same picture stands in the training set, or once more in the test set.',
           'Which of two labels is right where they differ; and a picture of the same thing, taken again, is no copy.'),
     shared=('Most of the networks make this very mistake, though they are not sure enough to blame the label.',
             'What makes it hard. Of networks of one kind, what they share may be a weakness of the kind.'),
-    network=('This network makes a mistake that most of the others do not make; with one network alone, any mistake that has no other verdict.',
+    network=('This network makes a mistake that most others do not make. With one network alone it is any mistake '
+             'without another verdict.',
              'Whether another seed of the same training would make it: that takes several runs.'))
 
 # %% ../nbs/17_triage.ipynb #17verd03
@@ -315,7 +334,7 @@ def verdicts(
     doubt:np.ndarray, # N label scores
     spread:np.ndarray, # N ambiguity scores
     copies:np.ndarray=None, # N booleans; None: not looked for
-    sure:float=.98, # label score from which the label is blamed: half of them rightly, where one label in a hundred is wrong (see below)
+    sure:float=.98, # label score from which the label is blamed: half of them rightly, if 1 % of the labels are wrong
     torn:float=.4, # ambiguity score from which an image is ambiguous
     first:int=50, # so many are blamed in any case, where the network makes as many mistakes
 ) -> np.ndarray: # N words, '' for an image without a doubt
@@ -330,7 +349,8 @@ def verdicts(
     return np.select([*cases.values()], [*cases], default='')
 
 # %% ../nbs/17_triage.ipynb #17tabl01
-COLUMNS = ['file', 'label', 'suggested', 'verdict', 'label_score', 'ambiguity_score', 'predicted', 'mistaken', 'copy_of']
+COLUMNS = ['file', 'label', 'suggested', 'verdict', 'label_score', 'ambiguity_score',
+           'predicted', 'mistaken', 'copy_of']
 
 def triage_table(
     evidence:list, # of `Evidence`, one for each network; the first one is the network whose mistakes are told apart
@@ -338,7 +358,7 @@ def triage_table(
     method:str='odds', # see `label_scores`
     **kwargs, # thresholds of `verdicts`
 ) -> pd.DataFrame: # of `COLUMNS`, most doubtful label first
-    "A row for each image: its label, the class that is suggested, a verdict, two scores, the network's own prediction, how many networks are mistaken"
+    "A row for each image: label, suggested class, verdict, scores, prediction, and how many networks are mistaken"
     first,copies = check_evidence(evidence)[0],copies or {}
     names,probs = np.array([str(c) for c in first.classes]),pooled_probs(evidence)
     doubt,spread = label_scores(probs, first.targs, method),ambiguity_scores(probs, first.targs)
@@ -347,8 +367,9 @@ def triage_table(
     other = _own_and_other(probs, first.targs)[2]
     suggested = np.where(said=='label', other, probs.argmax(1))
     preds = np.stack([o.plain.argmax(1) for o in evidence])
-    rows = dict(file=first.files, label=names[first.targs], suggested=names[suggested], verdict=said, label_score=doubt.round(6),
-                ambiguity_score=spread.round(6), predicted=names[preds[0]], mistaken=(preds != first.targs).sum(0), copy_of=of)
+    rows = dict(file=first.files, label=names[first.targs], suggested=names[suggested], verdict=said,
+                label_score=doubt.round(6), ambiguity_score=spread.round(6), predicted=names[preds[0]],
+                mistaken=(preds != first.targs).sum(0), copy_of=of)
     order = np.argsort(-doubt, kind='stable')
     return pd.DataFrame(rows)[COLUMNS].iloc[order].reset_index(drop=True)
 
@@ -367,12 +388,15 @@ def evidence(self:CamInterpretation,
 ) -> Evidence:
     "What this network says of its images. Raises InputError for those that it was trained on"
     train = self.learn.dls.train
-    if self.dl.dataset is train.dataset: raise InputError('these are the images that the network was trained on: it has seen their labels; use crossfit')
+    if self.dl.dataset is train.dataset:
+        raise InputError('these are the images that the network was trained on: it has seen their labels; use crossfit')
     seen,votes = look(self.learn.model, self.dl, views),None
     if neighbours:
         known = look(self.learn.model, train, 'plain')
-        votes = neighbour_votes(seen.embeddings, known.embeddings, known.targs, len(self.vocab), min(100, len(known.targs)))
-    return Evidence(_item_names(self.dl, self.learn.dls.path), [str(c) for c in self.vocab], seen.targs, seen.logits, seen.plain, votes)
+        k = min(100, len(known.targs))
+        votes = neighbour_votes(seen.embeddings, known.embeddings, known.targs, len(self.vocab), k)
+    names,classes = _item_names(self.dl, self.learn.dls.path),[str(c) for c in self.vocab]
+    return Evidence(names, classes, seen.targs, seen.logits, seen.plain, votes)
 
 # %% ../nbs/17_triage.ipynb #17inte03
 @patch
@@ -383,7 +407,8 @@ def copies(self:CamInterpretation,
     root,train = self.learn.dls.path,self.learn.dls.train
     names,known,mine = _item_names(self.dl, root),_item_names(train, root),thumbnails(self.dl)
     twice,there = find_copies(mine, least=least),find_copies(mine, thumbnails(train), least)
-    return {names[i]: names[j] for i,j in zip(twice.image, twice.copy_of)} | {names[i]: known[j] for i,j in zip(there.image, there.copy_of)}
+    pairs = [(names[i], names[j]) for i,j in zip(twice.image, twice.copy_of)]
+    return dict(pairs + [(names[i], known[j]) for i,j in zip(there.image, there.copy_of)])
 
 # %% ../nbs/17_triage.ipynb #17inte05
 @patch
@@ -407,12 +432,14 @@ def plot_triage(self:CamInterpretation,
     k:int=10, # images; if there are fewer, those there are
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
 ) -> Figure:
-    "A gallery of the images with one verdict, most doubtful label first, titled label → suggested. Raises InputError for another verdict"
-    if verdict not in VERDICTS: raise InputError(f"verdict={verdict!r}: choose one of {', '.join(VERDICTS)}")
+    "A gallery of the images with one verdict, titled label → suggested. Raises InputError for another verdict"
+    if verdict not in VERDICTS:
+        raise InputError(f"verdict={verdict!r}: choose one of {', '.join(VERDICTS)}")
     place = {f: i for i,f in enumerate(_item_names(self.dl, self.learn.dls.path))}
     chosen = table[table.verdict==verdict][:k]
     if not len(chosen): return message_figure(f'No image has the verdict {verdict!r}.', figsize, dpi)
-    p = Panels(-(-len(chosen)//10), min(10, len(chosen)), 2, f'{verdict}: the label → what is suggested', figsize=figsize, dpi=dpi)
+    head = f'{verdict}: the label → what is suggested'
+    p = Panels(-(-len(chosen)//10), min(10, len(chosen)), 2, head, figsize=figsize, dpi=dpi)
     for ax,image in zip(p.axs.flat, self.images([place[f] for f in chosen.file])): draw_image(ax, image)
     p.titles(p.axs.flat, [f'{a} →\n{b}' for a,b in zip(chosen.label, chosen.suggested)])
     return p.fig
@@ -421,13 +448,15 @@ def plot_triage(self:CamInterpretation,
 def triage_summary(
     table:pd.DataFrame, # from `triage`
 ) -> dict:
-    "How many images and how many mistakes have each verdict, and the accuracy with and without the images whose label is in doubt"
+    "How many images and mistakes have each verdict; the accuracy, and that without images whose label is in doubt"
     right = table.predicted==table.label
     clear = ~table.verdict.isin(['label', 'ambiguous'])
     def counts(rows): return {v: int((rows.verdict==v).sum()) for v in VERDICTS}
-    return dict(images=len(table), mistakes=int((~right).sum()), verdicts=counts(table), mistakes_by_verdict=counts(table[~right]),
-                accuracy=float(right.mean()), accuracy_label_not_in_doubt=float(right[clear].mean()) if clear.any() else None,
-                images_label_not_in_doubt=int(clear.sum()), says={v: list(o) for v,o in VERDICTS.items()})
+    told = dict(images=len(table), mistakes=int((~right).sum()), verdicts=counts(table),
+                mistakes_by_verdict=counts(table[~right]), accuracy=float(right.mean()))
+    beside = dict(accuracy_label_not_in_doubt=float(right[clear].mean()) if clear.any() else None,
+                  images_label_not_in_doubt=int(clear.sum()))
+    return told | beside | dict(says={v: list(o) for v,o in VERDICTS.items()})
 
 # %% ../nbs/17_triage.ipynb #17save03
 def save_triage(
@@ -446,9 +475,12 @@ def read_triage(
 ) -> pd.DataFrame:
     "The table of a triage. Raises InputError that names the file"
     path = Path(path)/'triage.csv' if Path(path).is_dir() else Path(path)
-    try: table = pd.read_csv(path, keep_default_na=False, dtype={k: str for k in COLUMNS if k not in ('label_score', 'ambiguity_score', 'mistaken')})
-    except (OSError, ValueError) as e: raise InputError(f'{path}: cannot be read ({e}); make it by `cifar-cam triage`') from None
-    if lost := [k for k in COLUMNS[:6] if k not in table]: raise InputError(f'{path}: the column {lost[0]!r} is missing; make it by `cifar-cam triage`')
+    words = {k: str for k in COLUMNS if k not in ('label_score', 'ambiguity_score', 'mistaken')}
+    try: table = pd.read_csv(path, keep_default_na=False, dtype=words)
+    except (OSError, ValueError) as e:
+        raise InputError(f'{path}: cannot be read ({e}); make it by `cifar-cam triage`') from None
+    if lost := [k for k in COLUMNS[:6] if k not in table]:
+        raise InputError(f'{path}: the column {lost[0]!r} is missing; make it by `cifar-cam triage`')
     return table
 
 # %% ../nbs/17_triage.ipynb #17trut01
@@ -461,11 +493,13 @@ def flip_labels(
 ) -> np.ndarray: # N labels, some of them wrong
     "Some labels made wrong. Raises InputError for a share that cannot be"
     check_seed(seed)
-    if not 0 < share < 1: raise InputError(f'share={share}: choose a part of the labels between 0 and 1')
+    if not 0 < share < 1:
+        raise InputError(f'share={share}: choose a part of the labels between 0 and 1')
     targs,rng = np.array(targs),np.random.default_rng(seed)
     which = rng.permutation(len(targs))[:round(share*len(targs))]
     if similar: which = which[np.isin(targs[which], [*similar])]
-    targs[which] = [similar[int(c)] for c in targs[which]] if similar else (targs[which] + rng.integers(1, n_classes, len(which)))%n_classes
+    others = (targs[which] + rng.integers(1, n_classes, len(which)))%n_classes
+    targs[which] = [similar[int(c)] for c in targs[which]] if similar else others
     return targs
 
 # %% ../nbs/17_triage.ipynb #17trut03
@@ -478,7 +512,8 @@ def copied(
     if how=='mirrored': return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if how=='moved':
         by = rng.choice([-1, 1], 2)
-        return Image.fromarray(np.roll(np.pad(np.asarray(image), ((1, 1), (1, 1), (0, 0)), 'edge'), by, (0, 1))[1:-1, 1:-1])
+        wide = np.pad(np.asarray(image), ((1, 1), (1, 1), (0, 0)), 'edge')
+        return Image.fromarray(np.roll(wide, by, (0, 1))[1:-1, 1:-1])
     file = BytesIO()
     image.save(file, 'jpeg', quality=75)
     return Image.open(file).convert('RGB')
@@ -488,19 +523,34 @@ def _relabel(files, root, path, share, seed, similar):
     "Copy `files` to `path`, some of them to another class; the rows of truth.csv"
     classes = sorted({f.parent.name for f in files})
     targs = np.array([classes.index(f.parent.name) for f in files])
-    given = flip_labels(targs, share, len(classes), seed, similar and {classes.index(a): classes.index(b) for a,b in similar.items()}) if share else targs
+    pairs = {classes.index(a): classes.index(b) for a,b in (similar or {}).items()}
+    given,rows = flip_labels(targs, share, len(classes), seed, pairs) if share else targs,[]
     for f,c in zip(files, given):
-        (path/f.relative_to(root).parent.parent/classes[c]).mkdir(parents=True, exist_ok=True)
-        shutil.copy(f, path/f.relative_to(root).parent.parent/classes[c]/f.name)
-    return [dict(file=f'{f.parent.parent.name}/{classes[c]}/{f.name}', kind='flipped', label=f.parent.name) for f,c,t in zip(files, given, targs) if c != t]
+        new = f'{f.parent.parent.name}/{classes[c]}/{f.name}'
+        (path/new).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f, path/new)
+        if classes[c] != f.parent.name: rows.append(dict(file=new, kind='flipped', label=f.parent.name))
+    return rows
 
-def _add(path, split, images, kind):
-    "Save new images of `split`: (class, image, more of the row of truth.csv)"
+def _blends(files, n, rng):
+    "(class, image, of what) of `n` pictures that are two in one"
+    pairs = [(files[i], files[j]) for i,j in rng.integers(0, len(files), (20*n, 2))]
+    two = [(a, b) for a,b in pairs if a.parent.name != b.parent.name][:n]
+    return [(a.parent.name, Image.blend(open_photo(a), open_photo(b), .5), b.parent.name) for a,b in two]
+
+def _copies(files, n, rng):
+    "(class, image, of what) of `n` pictures that are there already"
+    chosen = zip(rng.choice(len(files), n, replace=False), ['moved', 'mirrored', 'saved']*n)
+    again = [(files[i], how) for i,how in chosen]
+    return [(f.parent.name, copied(open_photo(f), how, rng), '/'.join(f.parts[-3:])) for f,how in again]
+
+def _add(path, images, kind):
+    "Save new test images; their rows of truth.csv"
     rows = []
-    for i,(label,image,more) in enumerate(images):
-        file = f'{split}/{label}/{kind}_{i:04}.png'
+    for i,(label,image,of) in enumerate(images):
+        file = f'test/{label}/{kind}_{i:04}.png'
         image.save(path/file)
-        rows.append(dict(file=file, kind=kind, label=label, **more))
+        rows.append(dict(file=file, kind=kind, label=label, of=of))
     return rows
 
 # %% ../nbs/17_triage.ipynb #17trut06
@@ -516,16 +566,14 @@ def doubtful_set(
 ) -> Path: # the new folder; truth.csv in it says what was done
     "Copy an image folder and spoil some of it. Raises InputError where `path` is there already"
     root,path,rng = Path(data),Path(path),np.random.default_rng(seed)
-    if path.exists(): raise InputError(f'{path}: is there already; name a new folder')
+    if path.exists():
+        raise InputError(f'{path}: is there already; name a new folder')
     files = {s: [f for f in image_files(root) if f.parent.parent.name==s] for s in ('train', 'test')}
     rows = _relabel(files[split], root, path, flipped, seed, similar)
     other = 'test' if split=='train' else 'train'
     _relabel(files[other], root, path, 0, seed, None)
-    pairs = [rng.choice(len(files['test']), 2, replace=False) for _ in range(20*blends)]
-    mixed = [(files['test'][i], files['test'][j]) for i,j in pairs if files['test'][i].parent.name != files['test'][j].parent.name][:blends]
-    rows += _add(path, 'test', [(a.parent.name, Image.blend(open_photo(a), open_photo(b), .5), dict(of=b.parent.name)) for a,b in mixed], 'blend')
-    again = [(files['train'][i], how) for i,how in zip(rng.choice(len(files['train']), copies, replace=False), ['moved', 'mirrored', 'saved']*copies)]
-    rows += _add(path, 'test', [(f.parent.name, copied(open_photo(f), how, rng), dict(of=f.relative_to(root).as_posix())) for f,how in again], 'copy')
+    rows += _add(path, _blends(files['test'], blends, rng), 'blend')
+    rows += _add(path, _copies(files['train'], copies, rng), 'copy')
     pd.DataFrame(rows, columns=['file', 'kind', 'label', 'of']).fillna('').to_csv(path/'truth.csv', index=False)
     return path
 
@@ -557,14 +605,16 @@ def measure_score(
     seed:int=0, # of the bootstrap
 ) -> dict: # precision and area with intervals, chance, how many are bad. Raises InputError where none or all are bad
     "How well `score` finds what is bad"
-    if not 0 < bad.sum() < len(bad): raise InputError(f'{bad.sum()} of {len(bad)} are bad: a measure needs some of both')
+    if not 0 < bad.sum() < len(bad):
+        raise InputError(f'{bad.sum()} of {len(bad)} are bad: a measure needs some of both')
     rng,drawn = np.random.default_rng(seed),[]
     while len(drawn) < draws:
         i = rng.integers(0, len(bad), len(bad))
         if 0 < bad[i].sum() < len(bad): drawn.append((precision_at(score[i], bad[i]), roc_auc_score(bad[i], score[i])))
     (p_low,a_low),(p_high,a_high) = np.quantile(drawn, [.025, .975], axis=0).round(4).tolist()
-    return dict(bad=int(bad.sum()), of=len(bad), chance=round(float(bad.mean()), 4), precision=round(precision_at(score, bad), 4), precision_interval=[p_low, p_high],
-                area=round(float(roc_auc_score(bad, score)), 4), area_interval=[a_low, a_high])
+    precision,area = precision_at(score, bad),float(roc_auc_score(bad, score))
+    return dict(bad=int(bad.sum()), of=len(bad), chance=round(float(bad.mean()), 4), precision=round(precision, 4),
+                precision_interval=[p_low, p_high], area=round(area, 4), area_interval=[a_low, a_high])
 
 # %% ../nbs/17_triage.ipynb #17comp01
 def compare_scores(
@@ -580,4 +630,5 @@ def compare_scores(
         ways['neighbours alone, odds'] = np.mean([o.votes for o in evidence], 0),'odds'
         ways['views and neighbours, odds'] = pooled_probs(evidence),'odds'
     chance = measure_score(np.random.default_rng(0).random(len(bad)), bad)
-    return pd.DataFrame([dict(way='chance', **chance), *[dict(way=w, **measure_score(label_scores(p, first.targs, m), bad)) for w,(p,m) in ways.items()]])
+    found = {w: measure_score(label_scores(p, first.targs, m), bad) for w,(p,m) in ways.items()}
+    return pd.DataFrame([dict(way=w, **o) for w,o in dict(chance=chance, **found).items()])
