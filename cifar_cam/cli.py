@@ -29,6 +29,12 @@ from .run import folder_for, load_run
 from .report import compare_runs, write_report
 from .experiment import run_recipe, run_seeds, train_run, train_seeds
 from .share import pretrained_run
+from .crossfit import crossfit_command, triage_command
+from .predict import predict_command
+from .validate import validate_command
+from .export import export_command
+from .sweep import sweep_command
+from .checks import checks_command
 
 _Setting = Annotated[str, {'action':'append', 'metavar':'KEY=VALUE'}]
 _Module = Annotated[str, {'action':'append', 'metavar':'FILE.py'}]
@@ -232,9 +238,10 @@ def report(
     print(write_report(runs[0]) if len(runs)==1 else compare_runs(runs, out))
 
 # %% ../nbs/28_cli.ipynb #db738cca
-COMMANDS = dict(demo=demo, recipes=recipes, show=show, train=train, lr_find=lr_find, cam=cam, explain=explain,
-                score=score, report=report)
-_POSITIONAL = dict(train=['recipe'])
+COMMANDS = dict(demo=demo, recipes=recipes, show=show, train=train, lr_find=lr_find, cam=cam, explain=explain, score=score,
+                report=report, triage=triage_command, crossfit=crossfit_command, sweep=sweep_command,
+                predict=predict_command, validate=validate_command, export=export_command, checks=checks_command)
+_POSITIONAL = dict(train=['recipe'], validate=['run'], export=['run'], sweep=['recipe'], crossfit=['recipe'])
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
