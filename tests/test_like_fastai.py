@@ -276,10 +276,12 @@ def test_tensorboard_logs_the_settings_of_pytorchs_optimizers(folder, tmp_path, 
 
 
 def test_the_projector_gets_the_same_features(folder, tmp_path):
+    "fastai's own learner gives it plain tensors since `CastToTensor`, which it cannot take: both are tried without that callback"
     pytest.importorskip('tensorboard')
     from fastai.callback.tensorboard import TensorBoardProjectorCallback
     found = []
     for learn,log in zip(plain_and_ours(folder, tmp_path), ('a', 'b')):
+        learn.remove_cb(CastToTensor)
         with quietly(learn):
             learn.fit(1, .05)
             learn.get_preds(cbs=TensorBoardProjectorCallback(tmp_path/log, layer=learn.model[0]))
@@ -294,6 +296,7 @@ def test_weights_and_biases_logs_the_same(folder, tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
     monkeypatch.setenv('WANDB_SILENT', 'true')
+    monkeypatch.setattr(Learner, 'gather_args', lambda self: {})   # fastcore's `init_args` trips over numbers in lists, in both learners
     logs = []
     for learn in plain_and_ours(folder, tmp_path):
         wandb.init(project='like-fastai', dir=str(tmp_path), reinit=True)
@@ -330,12 +333,9 @@ def grouped(learn):
 
 
 def one_step(learn):
-    class Note(Callback):
-        def after_create(self): self.steps = 0
-        def after_batch(self): self.steps += 1
-    with learn.added_cbs(note := Note()), quietly(learn), learn.no_bar():
+    with quietly(learn), learn.no_bar():
         learn.create_opt()
-        learn('before_fit'); learn('before_epoch'); learn('before_train')
+        for event in 'before_fit', 'before_epoch', 'before_train': learn(event)
         learn.dl = learn.dls.train
         learn.n_iter = len(learn.dl)
         learn.one_batch(0, learn.dl.one_batch())
@@ -472,7 +472,7 @@ def test_the_table_knows_every_metric_of_fastai():
 @pytest.mark.filterwarnings('ignore')
 def test_metrics_of_many_classes_are_the_same(folder, tmp_path):
     both = fit_alike(plain_and_ours(folder, tmp_path, metrics=list(MANY.values())))
-    assert len(done(both[0])['rows'][-1]) == 2 + len(MANY)
+    assert len(both[0].recorder.metric_names) == 4 + len(MANY)
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -481,7 +481,7 @@ def test_metrics_of_two_classes_are_the_same(folder, tmp_path):
     files = get_image_files(folder/'train')
     def dls(): return ImageDataLoaders.from_path_func('.', sorted(files), lambda f: f.parent.name < 'heart', valid_pct=.3, seed=1, bs=32, num_workers=0)
     both = fit_alike(plain_and_ours(folder, tmp_path, metrics=list(TWO.values()), n=2, dls=dls))
-    assert len(done(both[0])['rows'][-1]) == 2 + len(TWO)
+    assert len(both[0].recorder.metric_names) == 4 + len(TWO)
 
 
 # ---- the page
