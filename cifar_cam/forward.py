@@ -220,7 +220,7 @@ class _Call:
         self.blocks = any(p is not None for c in module.children() for p in [next(c.parameters(), None)])
         self.weights = any(p.ndim > 1 for p in module.parameters())
         self.norm = _is_norm(module)
-        self.kids,self.given,self.end,self.value,self.shape,self.grid,self.given_grid = [],set(),-1,None,None,None,None
+        self.kids,self.given,self.end,self.value,self.shape,self.grid = [],set(),-1,None,None,None
     def __repr__(self): return f'{self.name} {self.shape}'
 
 def _is_norm(module):
@@ -278,7 +278,6 @@ def _enter(self:LayerTrace, flow, name, module, args, kwargs):
     call = _Call(name, module, self.stack[-1] if self.stack else None, len(self.calls))
     call.given = flow.numbers((args, kwargs))
     for t in _tensors((args, kwargs)): self._look(t)
-    if len(args) == 1 and (t := main_tensor(args[0])) is not None: call.given_grid = self._grid(t)
     if self.stack: self.stack[-1].kids.append(call)
     self.calls.append(call)
     self.stack.append(call)
@@ -345,12 +344,15 @@ def upstream(self:LayerTrace,
 
 @patch
 def grid(self:LayerTrace,
-    name:str, # of a layer, perhaps with ':input'
+    name:str, # of a layer, with ':2' behind it for its second run
 ) -> MapGrid: # or None
-    "How the output of a layer lies, or what it is given. Raises InputError if it does not run once"
-    calls = [c for c in self.calls if c.name == name.removesuffix(':input')]
-    if len(calls) != 1: raise InputError(f"layer {name!r} runs {len(calls)} times in a pass: choose one that runs once")
-    return calls[0].given_grid if name.endswith(':input') else calls[0].grid
+    "How the output of a layer lies. Raises InputError if the layer runs several times, and the name does not say which is meant"
+    path,_,run = name.partition(':')
+    calls = [c for c in self.calls if c.name == path]
+    if run.isdigit() and 0 < int(run) <= len(calls): return calls[int(run) - 1].grid
+    if len(calls) == 1 and not run: return calls[0].grid
+    instead = f", or say which run, such as '{path}:{len(calls)}'" if len(calls) > 1 else ''
+    raise InputError(f"layer {name!r} runs {len(calls)} times in a pass: choose one that runs once{instead}")
 
 # %% ../nbs/11_forward.ipynb #6cd0202d
 _traces = WeakKeyDictionary() # network → what was asked → LayerTrace

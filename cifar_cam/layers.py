@@ -74,12 +74,12 @@ def _last(self:LayerTrace, cs, values):
 
 # %% ../nbs/11_layers.ipynb #b0f6d2d1
 @patch
-def _anchor(self:LayerTrace, c, min_px):
+def _run_or_before(self:LayerTrace, c, min_px):
     "Names for the map of `c`, which runs several times"
     once = self._last(self.stages(min_px), [c.value])
-    takes = next((k for k in self.calls[c.start + 1:] if c.value in k.given and k.given_grid and self.runs[k.name] == 1), None)
     sees_all = len(once) == 1 and 0 not in self.upstream([c.value], [once[0].value]) # 0 is the image
-    return [takes.name + ':input'] if takes and not sees_all else [o.name for o in once]
+    run = [k for k in self.calls if k.name == c.name].index(c) + 1
+    return [o.name for o in once] if sees_all or c.kids else [f'{c.name}:{run}']
 
 # %% ../nbs/11_layers.ipynb #e12d9290
 @patch
@@ -125,7 +125,7 @@ def auto(self:LayerTrace,
     if min_px not in self.found:
         names = []
         for c in self._last(self.stages(min_px, once=False), self.answers):
-            if self.runs[c.name] > 1: names += self._anchor(c, min_px)
+            if self.runs[c.name] > 1: names += self._run_or_before(c, min_px)
             else: names.append(c.name if c.grid.order == 'NCHW' else self._token_layer(c, model, x))
         self.found[min_px] = list(dict.fromkeys(names))
     return self.found[min_px]
@@ -133,7 +133,7 @@ def auto(self:LayerTrace,
 # %% ../nbs/11_layers.ipynb #e62c9ad3
 def find_layer(
     model:nn.Module, # unwrapped
-    layer:str|nn.Module, # dotted name, with ':input' behind it for what the module is given; or the module itself
+    layer:str|nn.Module, # dotted name, with ':2' behind it for the second run; or the module itself
 ) -> tuple: # (dotted name, module)
     "A layer by name or identity. Raises InputError that lists the names"
     names = {n: m for n,m in model.named_modules() if n}
@@ -141,7 +141,7 @@ def find_layer(
         for n,m in names.items():
             if unwrap(m) is unwrap(layer): return n,m
         raise InputError(f"the {type(layer).__name__} given as layer is not a part of the model: pass one that is, or a name")
-    if (name := str(layer).removesuffix(':input')) in names: return layer,names[name]
+    if (name := str(layer).partition(':')[0]) in names: return layer,names[name]
     listed = ', '.join(n for n in names if n.count('.') < 2)
     raise InputError(f"no layer {layer!r} in the model: choose 'auto' or one of {listed}, or a part of one")
 
@@ -221,9 +221,10 @@ def role(self:LayerTrace,
 ) -> str:
     "What became of a call in the choice"
     if c.name in auto: return 'the layer'
-    if c.name + ':input' in auto: return 'its input is the layer'
     if c.grid is None: return 'no map'
-    if self.runs[c.name] > 1: return f'runs {self.runs[c.name]} times'
+    if self.runs[c.name] > 1:
+        run = [k for k in self.calls if k.name == c.name].index(c) + 1
+        return 'the layer' if f'{c.name}:{run}' in auto else f'runs {self.runs[c.name]} times'
     if c.value not in self.asked: return 'the logits do not depend on it'
     if not self._gives_map(c): return 'hands its input on' if c.value in c.given else 'pools'
     if self._px(c) < min_px: return 'too small'
@@ -245,7 +246,7 @@ def layer_table(
     x = _black_image(model, size, output) if x is None else as_input(model, x)
     trace = trace_layers(model, x, output)
     auto = trace.auto(model, x, min_px)
-    shown = [c for c in sorted(trace.calls[1:], key=lambda c: c.end) if c.name.count('.') < depth or c.name in auto]
+    shown = [c for c in sorted(trace.calls[1:], key=lambda c: c.end) if c.name.count('.') < depth or trace.role(c, min_px, auto) == 'the layer']
     return pd.DataFrame([dict(layer=c.name, module=c.kind.__name__, output='' if c.shape is None else 'N×' + '×'.join(map(str, c.shape[1:])),
                               lies=_lies(c.grid), map=_size(c.grid[1:3]) if c.grid else '', role=trace.role(c, min_px, auto)) for c in shown])
 
