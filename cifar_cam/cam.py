@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import attention_rollout
 from .core import InputError
@@ -30,10 +31,12 @@ from .targets import are_functions, ask_about, class_indices, two_sided
 def head_leaf(
     layer:nn.Module, # target layer
     grad:bool=True, # follow the head's operations? a method without gradients needs the activations only
+    run:int=None, # which of the layer's runs in a pass; None: every one
 ):
     "While open, a pass through `layer` adds its output to the list this gives: cut off from the body, as a float32 leaf"
-    leaves = []
+    leaves,runs = [],iter(range(1, 2**31))
     def cut(module, args, out):
+        if run not in (None, next(runs)): return
         t = out if torch.is_tensor(out) else main_tensor(out)
         if t is None: raise InputError(f"layer {type(module).__name__} gives a {type(out).__name__}: a CAM needs a layer that gives N×C×H×W")
         leaves.append(t.detach().float().requires_grad_(grad))
@@ -105,14 +108,15 @@ class _Float32(nn.Module):
         self.one = logits.shape[1] == 1
         return logits if self.anything else two_sided(logits)
 
-def _head_pass(net, x, layer, ask, needs_grad, twice=False):
+def _head_pass(net, x, layer, run, ask, needs_grad, twice=False):
     "Activations, gradients (or None), logits and targets of one pass through `layer`"
     kind,grads = f'the {type(layer).__name__} given as layer',None
     # A network may run its body under `no_grad`: at its end what held outside comes back. The body gets no graph either way,
     # since nothing in it wants a gradient. A checkpoint runs its part again in the backward pass: the leaf must stay in it
-    with head_leaf(layer, needs_grad) as leaves, torch.set_grad_enabled(needs_grad):
+    plain = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext() # fused attention has no second derivative
+    with head_leaf(layer, needs_grad, run) as leaves, torch.set_grad_enabled(needs_grad), plain:
         logits = net(x)
-        if len(leaves) != 1: raise InputError(f"{kind} runs {len(leaves)} times in a pass: choose one that runs once")
+        if len(leaves) != 1: raise InputError(f"{kind} runs {len(leaves)} times in a pass: choose one that runs once, or one of its runs")
         leaf, = leaves
         targets,score = ask(logits.detach())
         if not needs_grad: return leaf,None,logits,targets
@@ -122,25 +126,7 @@ def _head_pass(net, x, layer, ask, needs_grad, twice=False):
     if twice and not grads.requires_grad: grads.requires_grad_() # a linear head: the second derivative is zero, not an error
     return leaf,grads,logits.detach(),targets
 
-# %% ../nbs/12_cam.ipynb #bf9c50ba
-class _AtInput(nn.Module):
-    "A module behind an identity: a hook on that sees what the module is given"
-    def __init__(self, module):
-        super().__init__()
-        self.given,self.module = nn.Identity(),module
-    def forward(self, x, *args, **kwargs): return self.module(self.given(x), *args, **kwargs)
-    def __getattr__(self, name):
-        try: return super().__getattr__(name)
-        except AttributeError: return getattr(super().__getattr__('module'), name)
-
-def _hookable(model, name):
-    "The module whose output is the layer `name`. `untouched` takes what is put in for an input out again"
-    if not name.endswith(':input'): return model.get_submodule(name)
-    outer,_,last = name.removesuffix(':input').rpartition('.')
-    outer = model.get_submodule(outer)
-    outer._modules[last] = _AtInput(outer._modules[last])
-    return outer._modules[last].given
-
+# %% ../nbs/12_cam.ipynb #9b1a11c5
 def _grid_of(model, x, name, shape, output, min_px):
     "How a layer's output of this shape lies. Raises InputError where it gives no map, or a map that is too small"
     known = shape_grids(shape, x.shape[2:]) if len(shape) == 4 else []
@@ -177,9 +163,9 @@ def _ablate_channels(cam, leaf, acts):
         raise InputError("ablationcam needs a layer whose channels are the second axis or the last")
     if type(cam.ablation_layer) is AblationLayer: cam.ablation_layer = AblationLayerVit()
 
-def _made_map(to_map, t):
+def _made_map(to_map, n, t):
     m = to_map(t)
-    if torch.is_tensor(m) and m.ndim == 4 and len(m) == len(t): return m
+    if torch.is_tensor(m) and m.ndim == 4 and len(m) == n: return m
     raise InputError(f"reshape gives {tuple(m.shape) if torch.is_tensor(m) else type(m).__name__} of {tuple(t.shape)}: it must give N×C×H×W")
 
 # %% ../nbs/12_cam.ipynb #e1ab97eb
@@ -194,13 +180,13 @@ class _Question(NamedTuple):
 
 def _layer_maps(model, q, key, cls, name, eigen_smooth=False, batch_size=64, **options):
     "Signed maps N×h×w and logits, for the methods that look at one layer"
-    x,at_input = q.x,name.endswith(':input')
-    grid = _grid_of(model, x, name, (), q.output, q.min_px) if at_input else None # the network as it is: before the hook
-    layer,cam = _hookable(model, name),_library_cam(q.net, key, cls, batch_size, options)
-    leaf,grads,logits,targets = _head_pass(q.net, x, layer, q.ask, cam.uses_gradients, twice=not cam.detach)
-    if not q.reshape and not at_input: grid = _grid_of(model, x, name, leaf.shape, q.output, q.min_px)
+    path,_,run = name.partition(':')
+    if run and key == 'ablationcam': raise InputError(f"ablationcam takes a layer that runs once, not {name!r}: choose another method or layer")
+    x,layer,cam = q.x,model.get_submodule(path),_library_cam(q.net, key, cls, batch_size, options)
+    leaf,grads,logits,targets = _head_pass(q.net, x, layer, int(run) if run else None, q.ask, cam.uses_gradients, twice=not cam.detach)
+    if not q.reshape: grid = _grid_of(model, x, name, leaf.shape, q.output, q.min_px)
     if not q.reshape: _check_places(model, x, name, grid, grads, q.min_px, q.output)
-    to_map = partial(_made_map, q.reshape or grid.to_map)
+    to_map = partial(_made_map, q.reshape or grid.to_map, len(x))
     acts = to_map(leaf)
     if key == 'shapleycam': maps = _shapley_image(cam, x, layer, targets, leaf, grads, to_map, eigen_smooth)
     else: maps = _images_of(cam, key, x, layer, targets, leaf, acts, None if grads is None else to_map(grads), eigen_smooth)

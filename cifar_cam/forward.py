@@ -35,7 +35,7 @@ def unwrap(
 def _switches():
     "(object, attribute, value) of PyTorch's switches for exact products of float32"
     b = torch.backends
-    if not hasattr(b.cuda.matmul, 'fp32_precision'): return [(b.cuda.matmul, 'allow_tf32', False), (b.cudnn, 'allow_tf32', False)]
+    if not hasattr(b.cuda.matmul, 'fp32_precision'): return [(k, 'allow_tf32', False) for k in (b.cuda.matmul, b.cudnn)]
     kinds = b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv
     return [(k, 'fp32_precision', 'ieee') for k in kinds]
 
@@ -60,13 +60,14 @@ def _plain_passes():
 
 # %% ../nbs/11_forward.ipynb #c762ba6e
 def _eager(model):
-    "A context in which the compiled parts of `model` run as written. Importing dynamo takes a second: only if there are any"
+    "A context in which the compiled parts of `model` run as written. Without any, dynamo is not imported"
     compiled = any(hasattr(m, '_orig_mod') or m._compiled_call_impl is not None for m in model.modules())
     return torch.compiler.set_stance('force_eager') if compiled else nullcontext()
 
 def _evaluate(model):
     try: model.eval().requires_grad_(False)
-    except NotImplementedError: raise InputError("an exported program has no evaluation mode: pass the model that it was made from") from None
+    except NotImplementedError:
+        raise InputError("an exported program has no evaluation mode: pass the model that it was made from") from None
 
 @contextmanager
 def untouched(
@@ -116,14 +117,17 @@ def find_logits(
     elif output is not None:
         if not isinstance(output, str) or output in _parts(out): found = _parts(out).get(output)
         else: found = getattr(out, output, None)
-        if found is None: raise InputError(f"the model's output has no {output!r}: choose one of {', '.join(map(repr, _parts(out)))}")
+        if found is None:
+            raise InputError(f"the model's output has no {output!r}: choose one of {', '.join(map(repr, _parts(out)))}")
         out = found
     for name,t in _parts(out).items():
         if name == 'logits': out = t
     tensors = [out] if torch.is_tensor(out) else [t for t in _parts(out).values() if torch.is_tensor(t)]
     found = [t for t in tensors if t.is_floating_point() and t.ndim == 2] or [t for t in tensors if t.ndim == 1]
     if len(found) == 1: return found[0] if found[0].ndim == 2 else found[0][:, None]
-    if found: raise InputError(f"{len(found)} parts of the output could be the logits: pass output=, one of {', '.join(map(repr, _parts(out)))}")
+    if found:
+        raise InputError(f"{len(found)} parts of the output could be the logits: pass output=, "
+                         f"one of {', '.join(map(repr, _parts(out)))}")
     what = f'a tensor of shape {tuple(out.shape)}' if torch.is_tensor(out) else f'a {type(out).__name__}'
     raise InputError(f"the model gives {what}: a CAM needs logits, N×C; output= picks them from what it gives")
 
@@ -220,7 +224,7 @@ class _Call:
         self.blocks = any(p is not None for c in module.children() for p in [next(c.parameters(), None)])
         self.weights = any(p.ndim > 1 for p in module.parameters())
         self.norm = _is_norm(module)
-        self.kids,self.given,self.end,self.value,self.shape,self.grid,self.given_grid = [],set(),-1,None,None,None,None
+        self.kids,self.given,self.end,self.value,self.shape,self.grid = [],set(),-1,None,None,None
     def __repr__(self): return f'{self.name} {self.shape}'
 
 def _is_norm(module):
@@ -256,7 +260,8 @@ class LayerTrace:
         output=None, # picks the logits: see `find_logits`
     ):
         self.size,self.calls,self.stack,self.ended = tuple(x.shape[2:]),[],[],0
-        self.grids,self.same,self.beside = [],{},[(0, 0)] # sizes seen; length → unchanging tokens; tokens in front and behind
+        # sizes of maps seen; length of a row → its unchanging tokens; numbers of tokens in front and behind
+        self.grids,self.same,self.beside = [],{},[(0, 0)]
         named = [getattr(m, 'num_prefix_tokens', None) for m in model.modules()]
         self.beside += [(n, 0) for n in named if isinstance(n, int)][:1]
         flow,x = _Flow(),_probe(x)
@@ -270,7 +275,8 @@ class LayerTrace:
             except InputError: self.answers = flow.numbers(out)
         self.made_of,self.side = flow.made_of,flow.side
         self.asked,names = self.upstream(self.answers),[c.name for c in self.calls]
-        self.runs,self.kinds,self.found = {n: names.count(n) for n in names},{n: type(m) for n,m in model.named_modules()},{}
+        self.runs,self.found = {n: names.count(n) for n in names},{}
+        self.kinds = {n: type(m) for n,m in model.named_modules()}
 
 # %% ../nbs/11_forward.ipynb #e6d18276
 @patch
@@ -278,7 +284,6 @@ def _enter(self:LayerTrace, flow, name, module, args, kwargs):
     call = _Call(name, module, self.stack[-1] if self.stack else None, len(self.calls))
     call.given = flow.numbers((args, kwargs))
     for t in _tensors((args, kwargs)): self._look(t)
-    if len(args) == 1 and (t := main_tensor(args[0])) is not None: call.given_grid = self._grid(t)
     if self.stack: self.stack[-1].kids.append(call)
     self.calls.append(call)
     self.stack.append(call)
@@ -326,7 +331,7 @@ def _beside(self:LayerTrace, length):
 def _cells(self:LayerTrace, n):
     "(rows, columns) of a grid of `n` places, or None"
     (H,W),seen = self.size,[g for g in reversed(self.grids) if g[0]*g[1] == n]
-    whole = [size for s in range(1, min(H, W)) for size in ((H//s, W//s), (-(-H//s), -(-W//s))) if size[0]*size[1] == n]
+    whole = [(H//s, W//s) for s in range(1, min(H, W)) if H % s == W % s == 0 and H//s*(W//s) == n]
     return next(iter(seen + whole), None) if n > 1 else None
 
 # %% ../nbs/11_forward.ipynb #bed674ea
@@ -345,12 +350,15 @@ def upstream(self:LayerTrace,
 
 @patch
 def grid(self:LayerTrace,
-    name:str, # of a layer, perhaps with ':input'
+    name:str, # of a layer, with ':2' behind it for its second run
 ) -> MapGrid: # or None
-    "How the output of a layer lies, or what it is given. Raises InputError if it does not run once"
-    calls = [c for c in self.calls if c.name == name.removesuffix(':input')]
-    if len(calls) != 1: raise InputError(f"layer {name!r} runs {len(calls)} times in a pass: choose one that runs once")
-    return calls[0].given_grid if name.endswith(':input') else calls[0].grid
+    "How the output of a layer lies. Raises InputError if it runs several times and no run is named"
+    path,_,run = name.partition(':')
+    calls = [c for c in self.calls if c.name == path]
+    if run.isdigit() and 0 < int(run) <= len(calls): return calls[int(run) - 1].grid
+    if len(calls) == 1 and not run: return calls[0].grid
+    instead = f", or say which run, such as '{path}:{len(calls)}'" if len(calls) > 1 else ''
+    raise InputError(f"layer {name!r} runs {len(calls)} times in a pass: choose one that runs once{instead}")
 
 # %% ../nbs/11_forward.ipynb #6cd0202d
 _traces = WeakKeyDictionary() # network → what was asked → LayerTrace

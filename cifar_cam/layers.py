@@ -43,8 +43,8 @@ def _after_stem(self:LayerTrace, cs):
 def _opened(self:LayerTrace, c, min_px, once):
     "The layer `c`, or the blocks in it that are large enough where `c` is a `Sequential` that is not"
     if self._px(c) >= min_px or not c.chain: return [c]
-    inside = [p for k in self._within(c, once) for p in self._opened(k, min_px, once) if p.blocks and self._px(p) >= min_px]
-    return inside or [c]
+    inside = [p for k in self._within(c, once) for p in self._opened(k, min_px, once)]
+    return [p for p in inside if p.blocks and self._px(p) >= min_px] or [c]
 
 @patch
 def stages(self:LayerTrace,
@@ -74,19 +74,20 @@ def _last(self:LayerTrace, cs, values):
 
 # %% ../nbs/11_layers.ipynb #b0f6d2d1
 @patch
-def _anchor(self:LayerTrace, c, min_px):
+def _run_or_before(self:LayerTrace, c, min_px):
     "Names for the map of `c`, which runs several times"
     once = self._last(self.stages(min_px), [c.value])
-    takes = next((k for k in self.calls[c.start + 1:] if c.value in k.given and k.given_grid and self.runs[k.name] == 1), None)
     sees_all = len(once) == 1 and 0 not in self.upstream([c.value], [once[0].value]) # 0 is the image
-    return [takes.name + ':input'] if takes and not sees_all else [o.name for o in once]
+    run = [k for k in self.calls if k.name == c.name].index(c) + 1
+    return [o.name for o in once] if sees_all or c.kids else [f'{c.name}:{run}']
 
 # %% ../nbs/11_layers.ipynb #e12d9290
 @patch
 def _norms(self:LayerTrace, c):
     "The normalisations on the way to the tokens `c` that give tokens as wide, in order"
     way = self.upstream([c.value])
-    found = [o for o in self.calls if o.norm and o.value in way and self.runs[o.name] == 1 and o.grid and o.grid.order != 'NCHW']
+    found = [o for o in self.calls if o.norm and o.grid and o.grid.order != 'NCHW' and o.value in way]
+    found = [o for o in found if self.runs[o.name] == 1]
     return sorted((o for o in found if o.grid[1:3] == c.grid[1:3] and o.shape[-1] == c.shape[-1]), key=lambda o: o.end)
 
 @patch
@@ -102,7 +103,8 @@ def _block_norm(self:LayerTrace, norms):
 @patch
 def _twins(self:LayerTrace, block, norms):
     "How many modules of its class, with normalisations in them, stand beside `block`, itself included"
-    beside = {k for k in self.kinds if k and k.rpartition('.')[0] == block.rpartition('.')[0] and self.kinds[k] is self.kinds[block]}
+    outer = block.rpartition('.')[0]
+    beside = [k for k,c in self.kinds.items() if k and k.rpartition('.')[0] == outer and c is self.kinds[block]]
     return sum(any(o.name.startswith(k + '.') for o in norms) for k in beside)
 
 # %% ../nbs/11_layers.ipynb #e6b87cea
@@ -125,7 +127,7 @@ def auto(self:LayerTrace,
     if min_px not in self.found:
         names = []
         for c in self._last(self.stages(min_px, once=False), self.answers):
-            if self.runs[c.name] > 1: names += self._anchor(c, min_px)
+            if self.runs[c.name] > 1: names += self._run_or_before(c, min_px)
             else: names.append(c.name if c.grid.order == 'NCHW' else self._token_layer(c, model, x))
         self.found[min_px] = list(dict.fromkeys(names))
     return self.found[min_px]
@@ -133,15 +135,16 @@ def auto(self:LayerTrace,
 # %% ../nbs/11_layers.ipynb #e62c9ad3
 def find_layer(
     model:nn.Module, # unwrapped
-    layer:str|nn.Module, # dotted name, with ':input' behind it for what the module is given; or the module itself
+    layer:str|nn.Module, # dotted name, with ':2' behind it for the second run; or the module itself
 ) -> tuple: # (dotted name, module)
     "A layer by name or identity. Raises InputError that lists the names"
     names = {n: m for n,m in model.named_modules() if n}
     if isinstance(layer, nn.Module):
         for n,m in names.items():
             if unwrap(m) is unwrap(layer): return n,m
-        raise InputError(f"the {type(layer).__name__} given as layer is not a part of the model: pass one that is, or a name")
-    if (name := str(layer).removesuffix(':input')) in names: return layer,names[name]
+        raise InputError(f"the {type(layer).__name__} given as layer is not a part of the model: pass one that is, "
+                         f"or a name")
+    if (name := str(layer).partition(':')[0]) in names: return layer,names[name]
     listed = ', '.join(n for n in names if n.count('.') < 2)
     raise InputError(f"no layer {layer!r} in the model: choose 'auto' or one of {listed}, or a part of one")
 
@@ -167,7 +170,8 @@ def _black_image(model, size, output):
             return x
         except InputError: raise
         except Exception as e: why = str(e).strip().split('\n')[0]
-    raise InputError(f"the network does not take images of {'×'.join(map(str, shape))} ({why}): pass size= or x=, an image that it takes")
+    raise InputError(f"the network does not take images of {'×'.join(map(str, shape))} ({why}): pass size= or x=, "
+                     f"an image that it takes")
 
 # %% ../nbs/11_layers.ipynb #8186044b
 def _size(size): return f'{size[0]}×{size[1]}'
@@ -175,8 +179,9 @@ def _size(size): return f'{size[0]}×{size[1]}'
 def _none_found(trace, min_px):
     at = f"{_size((min_px, min_px))} or more at {_size(trace.size)} input"
     maps = [c for c in trace.calls if trace._gives_map(c, once=False)]
-    if not maps: return "no layer of the model gives a map of the image: pass layer=, and reshape=, which makes its output N×C×H×W"
-    if all(trace.runs[c.name] > 1 for c in maps): return "every layer that gives a map runs more than once in a pass: there is none to choose"
+    if not maps: return "no layer gives a map of the image: pass layer=, and reshape=, which makes its output N×C×H×W"
+    if all(trace.runs[c.name] > 1 for c in maps):
+        return f"every layer that gives a map runs more than once in a pass: name a run, as {maps[-1].name + ':1'!r}"
     return f"no stage of the model has a map of {at}: pass a smaller min_px or larger images"
 
 def _check_px(trace, name, auto, min_px):
@@ -187,7 +192,8 @@ def _check_px(trace, name, auto, min_px):
                          f"{''.join(f' or {n!r}' for n in big)}, or reshape=, which makes its output one")
     if (least := min(grid[1:3])) >= min_px: return
     instead = f"layer={big[0]!r} ({_size(trace.grid(big[0])[1:3])}) or " if big else ''
-    raise InputError(f"layer {name!r} has a {_size(grid[1:3])} map at {_size(trace.size)} input, smaller than min_px={min_px}: one "
+    raise InputError(f"layer {name!r} has a {_size(grid[1:3])} map at {_size(trace.size)} input, "
+                     f"smaller than min_px={min_px}: one "
                      f"cell covers 1/{least} of the side, too coarse to say where; pass {instead}min_px={least}")
 
 # %% ../nbs/11_layers.ipynb #9f1570da
@@ -199,7 +205,7 @@ def cam_layer(
     x:torch.Tensor=None, # an image in place of `size`: 1×C×H×W
     output=None, # picks the logits: see `find_logits`
 ) -> tuple: # (dotted name, module); of a network with two branches (names, modules)
-    "The target layer. Raises InputError if there is no such layer or its map is too small, and says what to pass instead"
+    "The target layer. Raises InputError if there is none or its map is too small, and says what to pass instead"
     model = unwrap(model)
     named = None if isinstance(layer, str) and layer == 'auto' else find_layer(model, layer)
     x = _black_image(model, size, output) if x is None else as_input(model, x)
@@ -208,7 +214,8 @@ def cam_layer(
     if named:
         _check_px(trace, named[0], auto, min_px)
         return named
-    if not auto: raise InputError(_none_found(trace, min_px))
+    if not auto:
+        raise InputError(_none_found(trace, min_px))
     found = [find_layer(model, n) for n in auto]
     return found[0] if len(found) == 1 else tuple(map(list, zip(*found)))
 
@@ -221,9 +228,10 @@ def role(self:LayerTrace,
 ) -> str:
     "What became of a call in the choice"
     if c.name in auto: return 'the layer'
-    if c.name + ':input' in auto: return 'its input is the layer'
     if c.grid is None: return 'no map'
-    if self.runs[c.name] > 1: return f'runs {self.runs[c.name]} times'
+    if self.runs[c.name] > 1:
+        run = [k for k in self.calls if k.name == c.name].index(c) + 1
+        return 'the layer' if f'{c.name}:{run}' in auto else f'runs {self.runs[c.name]} times'
     if c.value not in self.asked: return 'the logits do not depend on it'
     if not self._gives_map(c): return 'hands its input on' if c.value in c.given else 'pools'
     if self._px(c) < min_px: return 'too small'
@@ -245,9 +253,13 @@ def layer_table(
     x = _black_image(model, size, output) if x is None else as_input(model, x)
     trace = trace_layers(model, x, output)
     auto = trace.auto(model, x, min_px)
-    shown = [c for c in sorted(trace.calls[1:], key=lambda c: c.end) if c.name.count('.') < depth or c.name in auto]
-    return pd.DataFrame([dict(layer=c.name, module=c.kind.__name__, output='' if c.shape is None else 'N×' + '×'.join(map(str, c.shape[1:])),
-                              lies=_lies(c.grid), map=_size(c.grid[1:3]) if c.grid else '', role=trace.role(c, min_px, auto)) for c in shown])
+    rows = []
+    for c in sorted(trace.calls[1:], key=lambda c: c.end):
+        role,size = trace.role(c, min_px, auto),_size(c.grid[1:3]) if c.grid else ''
+        if c.name.count('.') >= depth and role != 'the layer': continue
+        shape = '×'.join(map(str, ['N', *c.shape[1:]])) if c.shape else ''
+        rows.append(dict(layer=c.name, module=c.kind.__name__, output=shape, lies=_lies(c.grid), map=size, role=role))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/11_layers.ipynb #5b2e48ee
 def map_sizes(
