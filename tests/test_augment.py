@@ -64,7 +64,7 @@ def test_cutout_is_centred_anywhere_and_clipped_at_the_border(img, size):
 
 def test_the_order_is_crop_flip_cutout_whatever_the_list(img):
     names = [type(t).__name__ for t in Pipeline(list(reversed(cifar_augment()))).fs]
-    assert names == ['PadCrop', 'Flip', 'Cutout']
+    assert names == ['PadCrop', 'HorizontalFlip', 'Cutout']
 
 
 def told(out):
@@ -221,3 +221,27 @@ def test_views_are_the_image_its_mirror_image_and_both_moved(img):
         np.testing.assert_array_equal(views[i][0][0].numpy(), padded[:, d:d+32, d:d+32])
         mirror = padded[:, :, ::-1]
         np.testing.assert_array_equal(views[i+2][0][0].numpy(), mirror[:, d:d+32, d:d+32])
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
+@pytest.mark.parametrize('pad, mode', [(4, 'reflect'), (2, 'constant'), (0, 'reflect')])
+def test_a_batch_is_cropped_as_image_by_image_would_be_with_the_same_draws(dtype, pad, mode):
+    x = TensorImage((torch.rand(50, 3, 12, 16)*255).to(dtype))
+    torch.manual_seed(0)
+    out = PadCrop(pad, mode)(x, split_idx=0)
+    torch.manual_seed(0)
+    n = 2*pad + 1
+    for image,new,offset in zip(x, out, torch.randint(0, n*n, (50,)).sort().values.tolist()):
+        i,j = divmod(offset, n)
+        padded = np.pad(np.array(image), ((0,0),(pad,pad),(pad,pad)), mode=mode)
+        assert np.array_equal(np.array(new), padded[:, i:i+12, j:j+16])
+    assert out.dtype == dtype and out.is_contiguous()
+
+
+def test_the_hole_follows_the_mean_of_the_loaders_and_the_type_of_the_batch(img):
+    tfm = Cutout(40)
+    for dtype,grey in (torch.uint8, 128), (torch.float32, 128/255): assert (tfm(batch_of(img, 3).to(dtype), split_idx=0) == grey).any()
+    tfm.fill = (1, 0, 0)   # changed by hand
+    out = tfm(batch_of(img, 3), split_idx=0)
+    hole = (out != batch_of(img, 3)).any(1)
+    assert hole.any() and (out.permute(0, 2, 3, 1)[hole] == torch.tensor([255, 0, 0])).all()
