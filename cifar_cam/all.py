@@ -21,8 +21,10 @@ from cifar_cam.learner import *
 from cifar_cam.forward import *
 from cifar_cam.layers import *
 from cifar_cam.targets import *
+from cifar_cam.attention import *
 from cifar_cam.cam import *
 from cifar_cam.panels import *
+from cifar_cam.heads import *
 from cifar_cam.predictions import *
 from cifar_cam.interpret import *
 from cifar_cam.photo import *

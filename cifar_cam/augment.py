@@ -7,8 +7,8 @@ __all__ = ['TTA', 'ImageTransform', 'PadCrop', 'HorizontalFlip', 'AlternatingFli
            'shifted_views', 'Albumentations', 'albumentations_augment', 'load_albumentations']
 
 # %% ../nbs/03_augment.ipynb #03imp1a
-import random
-from functools import partial
+import os, random
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,14 @@ class ImageTransform(DisplayedTransform):
     def encodes(self, x:TensorCategory): return x
 
 # %% ../nbs/03_augment.ipynb #9bf9ab28
+def _reflected(x, pad, dim):
+    "`x` with `pad` mirrored rows (dim -2) or columns (dim -1) on both sides; `F.pad` cannot do that with bytes"
+    n = x.shape[dim]
+    return torch.cat([x.narrow(dim, 1, pad).flip(dim), x, x.narrow(dim, n-1-pad, pad).flip(dim)], dim)
+
 def _padded(x, pad, mode):
-    n,c,h,w = x.shape
-    out = x.new_zeros(n, c, h + 2*pad, w + 2*pad)
-    out[:, :, pad:pad+h, pad:pad+w] = x
-    if mode=='constant': return out
-    for i in range(pad): out[..., i],out[..., w+pad+i] = out[..., 2*pad-i],out[..., w+pad-2-i]
-    for i in range(pad): out[:, :, i],out[:, :, h+pad+i] = out[:, :, 2*pad-i],out[:, :, h+pad-2-i]
-    return out
+    if mode=='constant': return F.pad(x, (pad,)*4)
+    return _reflected(_reflected(x, pad, -1), pad, -2)
 
 # %% ../nbs/03_augment.ipynb #79b669d6
 class PadCrop(ImageTransform):
@@ -43,7 +43,8 @@ class PadCrop(ImageTransform):
         mode:str='reflect', # what stands in the border: 'reflect' or 'constant' (black)
     ):
         super().__init__()
-        if mode not in ('reflect', 'constant'): raise InputError(f"unknown mode {mode!r}: choose 'reflect' or 'constant'")
+        if mode not in ('reflect', 'constant'):
+            raise InputError(f"unknown mode {mode!r}: choose 'reflect' or 'constant'")
         self.pad,self.mode = pad,mode
 
     def encodes(self, x:PILImage):
@@ -52,23 +53,17 @@ class PadCrop(ImageTransform):
         return PILImage.create(np.pad(np.asarray(x), ((p,p),(p,p),(0,0)), mode=self.mode)[i:i+h, j:j+w])
 
     def encodes(self, x:TensorImage):
-        h,w = x.shape[-2:]
-        n = 2*self.pad + 1  # offsets along a side
-        x = x.as_subclass(torch.Tensor)  # fastai's types make a slice slow, and there are many
-        padded,out = _padded(x, self.pad, self.mode),torch.empty_like(x, memory_format=torch.contiguous_format)
-        start = 0
-        for offset,count in enumerate(torch.randint(0, n*n, (len(x),)).bincount(minlength=n*n).tolist()):
-            i,j = divmod(offset, n)
-            end = start + count
-            if count: out[start:end] = padded[start:end, :, i:i+h, j:j+w]
-            start = end
-        return TensorImage(out)
+        x = x.as_subclass(torch.Tensor)  # each operation on one of fastai's types costs three times as much time
+        (h,w),n = x.shape[-2:],2*self.pad + 1  # `n` offsets along a side
+        offset = torch.randint(0, n*n, (len(x),), device=x.device).sort().values
+        windows = _padded(x, self.pad, self.mode).unfold(2, h, 1).unfold(3, w, 1)
+        return TensorImage(windows[torch.arange(len(x), device=x.device), :, offset//n, offset%n])
 
 # %% ../nbs/03_augment.ipynb #748d72d8
 def _flipped(x, which):
-    which,x = which.nonzero().flatten(),x.clone()
-    x[which] = x[which].flip(-1)
-    return x
+    "The images for which `which` is true, mirrored, and the others"
+    x = x.as_subclass(torch.Tensor)
+    return TensorImage(torch.where(which[:, None, None, None], x.flip(-1), x))
 
 # %% ../nbs/03_augment.ipynb #dc380c09
 class HorizontalFlip(ImageTransform):
@@ -85,18 +80,20 @@ class AlternatingFlip(HorizontalFlip):
     order = 0  # before the others, which do not keep a batch's rows
     def encodes(self, x:TensorImage):
         begins = (x.rows*2654435761 >> 15) & 1  # multiplicative hashing (Knuth): a draw that needs no state
-        return _flipped(x, (begins + x.epoch) % 2 == 0)
+        return _flipped(x, begins == x.epoch % 2)
 
 # %% ../nbs/03_augment.ipynb #4b28faed
 class Cutout(ImageTransform):
-    "A square hole of `size` pixels, centred anywhere, clipped at the border, filled with the data set's mean (DeVries & Taylor 2017). Raises InputError for a size below 1"
+    """A square hole of `size` pixels, centred anywhere, clipped at the border, filled with the data set's mean (DeVries & Taylor 2017).
+    Raises InputError for a size below 1"""
     split_idx,order = 0,3
     def __init__(self,
         size:int=8, # side of the hole in pixels; the published experiments use 8 and 16
         fill:tuple=None, # red, green and blue in 0..1; None: the mean that the loaders normalise with, else grey
     ):
         super().__init__()
-        if size < 1: raise InputError(f'Cutout size {size}: the hole needs a side of at least 1 pixel')
+        if size < 1:
+            raise InputError(f'Cutout size {size}: the hole needs a side of at least 1 pixel')
         self.size,self.fill,self._found = size,fill,None
 
     def setups(self, dl):
@@ -104,32 +101,44 @@ class Cutout(ImageTransform):
         self._find()  # a worker process could not ask a GPU
 
     def _find(self):
-        norm = first(t for t in self.batch_tfms.fs if isinstance(t, Normalize) and t.mean is not None) if hasattr(self, 'batch_tfms') else None
+        "The mean of the `Normalize` in the same loaders, if there is one"
+        if not hasattr(self, 'batch_tfms'): return
+        norm = first(t for t in self.batch_tfms.fs if isinstance(t, Normalize) and t.mean is not None)
         if norm: self._found = norm.mean.flatten().tolist()
 
     def _rgb(self):
         if self.fill is None and self._found is None: self._find()
         fill = self.fill if self.fill is not None else self._found or (.5,.5,.5)
-        return [round(255*float(c)) for c in fill]
+        return tuple(round(255*float(c)) for c in fill)
 
     def encodes(self, x:PILImage):
         (w,h),s,x = x.size,self.size,x.copy()
         left,top = random.randrange(w) - s//2,random.randrange(h) - s//2
-        x.paste(tuple(self._rgb()), (max(left,0), max(top,0), min(left + s, w), min(top + s, h)))
+        x.paste(self._rgb(), (max(left,0), max(top,0), min(left + s, w), min(top + s, h)))
         return x
 
     def encodes(self, x:TensorImage):
-        fill = torch.tensor(self._rgb(), device=x.device, dtype=torch.float32)
-        if x.is_floating_point(): fill /= 255
-        rows,cols = (_span(x.shape[d], self.size, len(x), x.device) for d in (-2, -1))
-        return torch.where(rows[:, None, :, None] & cols[:, None, None, :], fill.to(x.dtype)[None, :, None, None], x)
+        x = x.as_subclass(torch.Tensor)
+        fill = _colour(self._rgb(), x.device, x.dtype)
+        return TensorImage(torch.where(_holes(x, self.size), fill, x))
 
 # %% ../nbs/03_augment.ipynb #74506ab5
+@cache
+def _colour(rgb, device, dtype):
+    "A colour to be filled in; kept, since a GPU waits for what comes from the processor's memory"
+    fill = torch.tensor(rgb, dtype=torch.float32, device=device)
+    if dtype.is_floating_point: fill = fill/255
+    return fill.to(dtype)[:, None, None]
+
 def _span(n, size, bs, device):
-    "For each of `bs` images, which of `n` positions lie in a hole of `size` centred at random"
-    start = torch.randint(0, n, (bs, 1), device=device) - size//2
-    i = torch.arange(n, device=device)
-    return (i >= start) & (i < start + size)
+    "Of `n` positions, which lie in a span of `size` that is centred at random: `bs` of them"
+    place = torch.arange(n, device=device) - (torch.randint(0, n, (bs, 1), device=device) - size//2)
+    return (place >= 0) & (place < size)
+
+def _holes(x, size):
+    "Which pixels of each image lie in a square centred at random: N×1×H×W"
+    rows,cols = (_span(n, size, len(x), x.device) for n in x.shape[-2:])
+    return (rows[:, :, None] & cols[:, None, :])[:, None]
 
 # %% ../nbs/03_augment.ipynb #6e2418f4
 def cifar_augment(
@@ -190,13 +199,13 @@ def albumentations_augment(
     cutout:int=8, # side of the hole in pixels; 0 for none
 ) -> list:
     "Shift, scale and rotate, crop, flip and one Cutout hole by albumentations, as `item_tfms`"
-    import os; os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
+    os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # it would look for a newer version of itself
     import albumentations as A
+    steps = [A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size), A.HorizontalFlip(p=0.5),
+             A.Affine(translate_percent=(-.0625, .0625), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5)]
     side,fill = (min(cutout, size),)*2,tuple(round(255*c) for c in mean)
-    hole = [A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=side, hole_width_range=side, fill=fill, p=0.5)] if cutout else []
-    return [Albumentations(A.Compose([
-        A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size), A.HorizontalFlip(p=0.5),
-        A.Affine(translate_percent=(-.0625, .0625), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5), *hole]))]
+    hole = A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=side, hole_width_range=side, fill=fill, p=0.5) if cutout else None
+    return [Albumentations(A.Compose([*steps, hole] if cutout else steps))]
 
 # %% ../nbs/03_augment.ipynb #03albloa
 def load_albumentations(

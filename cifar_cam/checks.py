@@ -22,7 +22,7 @@ from .core import InputError
 from .images import check_cifar, check_folder, image_counts, tested_on
 from .models import build_model
 from .optimizers import OPTIMIZERS
-from .precision import has_bf16
+from .optimizers import has_bf16
 from .predict import pick_device
 from .recipe import RECIPES, Recipe
 

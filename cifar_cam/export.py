@@ -6,7 +6,7 @@
 __all__ = ['check_images', 'export_metadata', 'compare_logits', 'exported_logits', 'export_onnx', 'export_torch',
            'export_command']
 
-# %% ../nbs/25_export.ipynb #204df387
+# %% ../nbs/25_export.ipynb #e8e20a8f
 import json, tempfile, warnings
 from pathlib import Path
 from typing import Annotated

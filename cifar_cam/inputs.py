@@ -16,7 +16,7 @@ from fastai.data.transforms import image_extensions
 from PIL import Image, UnidentifiedImageError
 
 from .core import InputError
-from .images import NamedImage, Squeeze
+from .photos import NamedImage, Squeeze
 
 # %% ../nbs/23_inputs.ipynb #5a39dade
 def open_binary(

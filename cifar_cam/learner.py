@@ -24,7 +24,8 @@ from torch import nn
 from .core import check_seed, InputError, keep_random, save_atomically
 from .models import build_model
 from .optimizers import opt_func
-from .precision import Bf16, has_bf16, keep_memory
+from .optimizers import has_bf16
+from .precision import Bf16, keep_memory
 from .parallel import from_first
 from .callbacks import CheckOutputs, StopOnNaN
 from .recorder import Accuracy, CrossEntropy, LightProgress, LightRecorder, shows_bars

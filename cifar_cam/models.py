@@ -161,7 +161,8 @@ class Whiten(nn.Conv2d):
     ):
         "Set the weights to the eigenvectors of the covariance of all 2×2 patches"
         patches = nn.functional.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12)
-        variance,vectors = torch.linalg.eigh(patches.T @ patches/len(patches))
+        covariance = patches.T @ patches/len(patches)  # where the images are
+        variance,vectors = torch.linalg.eigh(covariance.cpu())  # 12 by 12: not worth a GPU's solver
         white = (vectors/(variance + eps).sqrt()).T.reshape(12, 3, 2, 2)
         self.weight.copy_(torch.cat([white, -white]))
 

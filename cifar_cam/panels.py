@@ -35,7 +35,7 @@ def _fonts():
         try: fontManager.addfont(path)
         except (OSError, RuntimeError): pass # not one that matplotlib can read
     usable = (f for f in fontManager.ttflist if f.style=='normal' and f.variant=='normal')
-    return sorted({f.name: f.fname for f in usable if not f.name.startswith('Last Resort')}.items()) # that one has boxes
+    return sorted({f.name: f.fname for f in usable if 'Last Resort' not in f.name}.items()) # that one has boxes
 
 def _letters_in(path, letters):
     "Those of `letters` that the font at `path` can draw"
@@ -55,7 +55,7 @@ def _look_up(letters):
     _family_of.update(dict.fromkeys(lost))
     if lost:
         some = ' '.join(sorted(lost)[:8])
-        warnings.warn(f'no installed font has {some}: written as code points; install one, such as Noto Sans', stacklevel=2)
+        warnings.warn(f'no font here has {some}: written as code points; install one, such as Noto Sans', stacklevel=2)
 
 def _plain(letter):
     "A letter that no font has, without its marks or as its code point"
@@ -127,7 +127,7 @@ class _ShownOnce(Figure):
             if not text.get_text().isascii():
                 text.set_text(drawable(text.get_text()))
                 text.set_fontfamily(_families(text.get_text()))
-        with rc_context({'text.hinting': 'none'}): # letters moved to whole pixels would make a text wider than `fit_text` measured
+        with rc_context({'text.hinting': 'none'}): # letters on whole pixels would be wider than `fit_text` measured
             super().draw(renderer)
 
     def _ipython_display_(self):

@@ -24,7 +24,7 @@ from torch import nn
 from .augment import TTA
 from .cam import cam_maps
 from .core import InputError, save_atomically, writing
-from .images import open_photo
+from .photos import open_photo
 from .inputs import find_images, image_pixels, names_from_stdin, open_binary
 from .panels import overlay
 from .run import Run, folder_for, load_run

@@ -31,7 +31,8 @@ from .loaders import cifar_dls
 from .models import build_model, count_parameters, MODELS, NORMS
 from .optimizers import OPTIMIZERS
 from .schedule import find_lrs, Plateau, step_schedule
-from .learner import cifar_learner, FreezeWhitening, L1Penalty, ProgressiveResize
+from .callbacks import FreezeWhitening, L1Penalty, ProgressiveResize
+from .learner import cifar_learner
 
 # %% ../nbs/18_recipe.ipynb #18rates1
 def _rate(v:float|str) -> float|str:

@@ -101,6 +101,7 @@ class LightRecorder(Recorder):
     def after_train(self):
         new = self.losses[self.begin:] = _to_host(self.measured, self.losses[self.begin:])
         self.trained = [*(m.value for m in self.measured), float(self.opt.hypers[-1]['lr'])]
+        if self.cancel_train: self.trained = []  # as fastai does with its own
         if self.train_metrics or self.cancel_train or not new: super().after_train()
         else: self.log.append(new[-1].item())  # the smoothed loss, which is on the host already
 

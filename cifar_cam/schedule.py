@@ -15,7 +15,7 @@ from fastai.callback.schedule import combine_scheds, ParamScheduler, SchedLin
 from fastai.callback.tracker import ReduceLROnPlateau
 from fastai.vision.all import L, Learner, patch
 
-from .core import InputError
+from .core import InputError, keep_random
 
 # %% ../nbs/07_schedule.ipynb #123f5ed6
 def triangle(
@@ -79,7 +79,7 @@ def suggest_lr_min(
     losses:torch.Tensor, # smoothed losses at these rates
     num_it:int, # fastai passes it; not used
 ) -> tuple: # (learning rate, the point to mark)
-    "For `lr_find`: the learning rate at which the smoothed loss has fallen by a tenth of its whole fall (after Smith 2015)"
+    "For `lr_find`: the learning rate at which a tenth of the smoothed loss's fall has happened (after Smith 2015)"
     return _at_fall(.1, lrs, losses)
 
 def suggest_lr_max(
@@ -87,7 +87,7 @@ def suggest_lr_max(
     losses:torch.Tensor, # smoothed losses at these rates
     num_it:int, # fastai passes it; not used
 ) -> tuple: # (learning rate, the point to mark)
-    "For `lr_find`: the learning rate at which the smoothed loss has fallen by nine tenths of its whole fall (after Smith 2015)"
+    "For `lr_find`: the learning rate at which nine tenths of the smoothed loss's fall have happened (after Smith 2015)"
     return _at_fall(.9, lrs, losses)
 
 # %% ../nbs/07_schedule.ipynb #3907e2ac
@@ -100,10 +100,12 @@ def find_lrs(
 ) -> tuple:
     "`(lr_min, lr_max)` for `fit_triangle`, by Smith's range test on the training images alone"
     before = deepcopy(learn.model.state_dict())
-    try: return tuple(learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=(suggest_lr_min, suggest_lr_max), show_plot=show_plot))
-    except BaseException:
-        learn.model.load_state_dict(before)
-        raise
+    picks = suggest_lr_min,suggest_lr_max
+    with keep_random():
+        try: return tuple(learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=picks, show_plot=show_plot))
+        except BaseException:
+            learn.model.load_state_dict(before)
+            raise
 
 # %% ../nbs/07_schedule.ipynb #3c73523d
 class Plateau(ReduceLROnPlateau):

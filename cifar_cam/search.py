@@ -20,8 +20,8 @@ from .core import InputError, check_seed, write_json
 from .learner import Checkpoint
 from .recipe import Recipe, change_recipe, chooses, find_recipe, fit_recipe
 from .history import History, KeepBest
-from .run import (Count, Seed, environment, fit_run, load_run, new_run_folder, read_record,
-                           recipe_from_record)
+from .core import Seed
+from .run import Count, environment, fit_run, load_run, new_run_folder, read_record, recipe_from_record
 from .space import open_storage, optuna_package, parse_space, quiet_optuna
 
 # %% ../nbs/25c_search.ipynb #16d6ee66

@@ -16,7 +16,9 @@ from fastai.vision.all import CategoryBlock, DataBlock, DataLoaders, ImageBlock,
 from fastcore.script import store_true
 
 from .core import InputError, save_atomically, write_json, writing
-from .images import NamedImage, Squeeze, data_path, tested_on, unpack_images
+from .photos import NamedImage, Squeeze
+from .formats import unpack_images
+from .images import data_path, tested_on
 from .inputs import file_column, where_named
 from .interpret import CamInterpretation
 from .learner import cifar_learner

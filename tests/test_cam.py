@@ -13,7 +13,8 @@ from torch import nn
 from torchvision.models import resnet50, vgg11_bn
 
 from cifar_cam import cam as C, forward
-from cifar_cam.cam import all_cams, cam_layer, cam_maps, cam_method, METHODS, scale_maps
+from cifar_cam.layers import cam_layer
+from cifar_cam.cam import all_cams, cam_maps, cam_method, METHODS, scale_maps
 from cifar_cam.models import cifar_resnet18, davidnet
 
 NAMES = 'cat dog bird frog'.split()

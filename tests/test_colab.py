@@ -18,7 +18,7 @@ from cifar_cam.recipe import Recipe
 from cifar_cam.run import fit_run, load_run
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = [ROOT/'nbs'/'000_tour.ipynb'] + [p for p in sorted((ROOT/'nbs'/'experiments').glob('*.ipynb')) if p.stem!='speed']
+NOTEBOOKS = [ROOT/'nbs'/'000_tour.ipynb', *sorted((ROOT/'nbs'/'experiments').glob('*.ipynb'))]
 
 
 def first_cell(notebook):

@@ -21,7 +21,7 @@ from cifar_cam.core import InputError
 from cifar_cam.interpret import CamInterpretation
 from cifar_cam.panels import drawable, new_figure
 from cifar_cam.photo import explain_image
-from cifar_cam.predictions import class_index, class_probs
+from cifar_cam.heads import class_index, class_probs
 from cifar_cam.shapes import shapes_path
 
 
@@ -137,7 +137,8 @@ def test_sets_that_a_gallery_cannot_show(files, tmp_path):
     learn = learner(loaders(files), net(2), CrossEntropyLossFlat(), path=tmp_path)
     empty = learn.dls.new_empty().valid
     with pytest.raises(InputError, match='no images'): CamInterpretation.from_learner(learn, dl=empty)
-    regression = learner(loaders(files, lambda f: float(len(f.name)), RegressionBlock), net(1), L1LossFlat())
+    numbers = DataBlock((ImageBlock, RegressionBlock), get_y=lambda f: float(f.stat().st_size)).dataloaders(files, bs=8, num_workers=0, device='cpu')
+    regression = learner(numbers, net(1), L1LossFlat())
     with pytest.raises(InputError, match='as that of a regression'): CamInterpretation.from_learner(regression)
     with pytest.raises(InputError, match='as that of a regression'): explain_image(regression, files[0])
     class Two(nn.Module):

@@ -13,7 +13,8 @@ from cifar_cam.loaders import cifar_dls
 from cifar_cam.schedule import find_lrs, Plateau
 from cifar_cam.core import save_atomically
 from cifar_cam.optimizers import Muon, newton_schulz, OPTIMIZERS
-from cifar_cam.precision import Bf16, has_bf16, keep_memory
+from cifar_cam.optimizers import has_bf16
+from cifar_cam.precision import Bf16, keep_memory
 from cifar_cam.callbacks import FreezeWhitening, L1Penalty, plot_update_ratios, ProgressiveResize, StopOnNaN, UpdateRatio
 from cifar_cam.learner import Checkpoint, cifar_learner, SeedEpochs
 from cifar_cam.recorder import _DeviceSmoothLoss as DeviceSmoothLoss

@@ -1,0 +1,52 @@
+"""How busy is the GPU in a step? Five minutes: python tests/gpu/busy.py [--data cifar10] [--json PATH]
+
+Twenty steps of DavidNet and of speedrun at 20 and at 32 pixels: milliseconds, kernels and the share of the time in which a kernel runs; then without cuDNN's choice by speed, without the fused
+optimizer, and in float32, which is without channels-last."""
+from contextlib import nullcontext
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import torch
+from torch.profiler import profile, ProfilerActivity
+
+from cifar_cam import optimizers
+from shared import BEST, data_for, keep, learner, machine, options, seconds, StopAt, synchronize
+
+RUNS = {'davidnet': dict(name='davidnet'), 'speedrun, 32 pixels': dict(name='speedrun', resize=''), 'speedrun, 20 pixels': dict(name='speedrun', resize='20')}
+WAYS = 'as it is', 'no choice by speed', 'not fused', 'float32'
+
+
+def some_steps(learn, n):
+    with learn.no_bar(), learn.no_logging(): learn.fit(50, .01, cbs=StopAt(n))
+
+
+def row(run, way, data, device, steps, changes):
+    not_fused = patch.object(optimizers, '_first_device', lambda params: torch.device('cpu')) if way == 'not fused' else nullcontext()
+    plain = patch('cifar_cam.learner.fast_convolutions', nullcontext) if way == 'no choice by speed' else nullcontext()
+    how = dict(RUNS[run], **changes)
+    with not_fused, plain:
+        learn = learner(how.pop('name'), data, device, precision='float32' if way == 'float32' else 'auto', **how)
+        some_steps(learn, 5)
+        took = seconds(lambda: some_steps(learn, steps), device)
+        cuda = torch.device(device).type == 'cuda'
+        with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA]*cuda]) as p:
+            some_steps(learn, steps)
+            synchronize(device)
+    kernels = [e for e in p.events() if e.device_type == torch.autograd.DeviceType.CUDA] if cuda else []
+    busy = sum(e.time_range.elapsed_us() for e in kernels)/1e6
+    return dict(run=run, way=way, ms_per_step=1000*took/steps, kernels_per_step=len(kernels)/steps, busy_share=busy/took)
+
+
+def measure(data, device, steps=20, **changes):
+    rows = [row(run, way, data, device, steps, changes) for run in RUNS for way in WAYS]
+    return dict(benchmark='busy', steps=steps, **machine(device), rows=rows, ratios={})
+
+
+def main():
+    a = options(__doc__, data='cifar10', device=BEST, steps=20, bs=0).parse_args()
+    with TemporaryDirectory() as tmp: res = measure(data_for(a.data, tmp), a.device, a.steps, **(dict(bs=a.bs) if a.bs else {}))
+    for r in res['rows']: print(f"{r['run']:22}{r['way']:22}{r['ms_per_step']:9.2f} ms {r['kernels_per_step']:7.0f} kernels {100*r['busy_share']:6.1f} % busy")
+    keep(res, a.json)
+
+
+if __name__ == '__main__': main()
