@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 
 from . import __version__
 from .core import InputError
-from .images import check_cifar, check_folder, image_counts, tested_on
+from .tables import split_folders
+from .images import check_cifar, check_folder, image_counts
 from .models import build_model
 from .optimizers import OPTIMIZERS
 from .optimizers import has_bf16
@@ -116,7 +117,7 @@ def check_data(
         (check_folder if data else check_cifar)(path)
     except InputError as e:
         return [finding('data', path, str(e))]
-    counts = [f"{sum(image_counts(path/s).values()):,} in {s}" for s in ('train', tested_on(path))]
+    counts = [f'{sum(image_counts(folder).values()):,} in {folder.name}' for folder in split_folders(path).values()]
     return [finding('data', f"{path}: whole, {', '.join(counts)}, {len(image_counts(path/'train'))} classes")]
 
 # %% ../nbs/27_checks.ipynb #deed1ec5

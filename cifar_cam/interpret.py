@@ -22,7 +22,8 @@ from .forward import unwrap
 from .layers import find_layer
 from .cam import cam_maps
 from .panels import draw_cam, draw_image, message_figure, Panels, short_number
-from .predictions import class_index, Predictions, TwoClasses
+from .heads import class_index, TwoClasses
+from .predictions import Predictions
 
 # %% ../nbs/14_interpret.ipynb #14cls
 class CamInterpretation(Predictions):
@@ -32,8 +33,9 @@ class CamInterpretation(Predictions):
 @patch
 def _none(self:CamInterpretation, which):
     n = f'{len(self.targs):,}'
-    return {'misclassified': f'No misclassified images: all {n} are right.', 'correct': f'No correct images: all {n} are wrong.'
-           }.get(which if isinstance(which, str) else '', 'No images to show.')
+    said = dict(misclassified=f'No misclassified images: all {n} are right.',
+                correct=f'No correct images: all {n} are wrong.')
+    return said.get(which if isinstance(which, str) else '', 'No images to show.')
 
 def _head(which, text): return f'{which.replace("_", " ")}: {text}' if isinstance(which, str) else text
 
@@ -46,6 +48,9 @@ def _sure(self:CamInterpretation, i, c=None):
     c = int(self.preds[i] if c is None else c)
     colour = 'plain' if c==self.targs[i] else 'wrong'
     return f'{self.vocab[c]} {short_number(float(self.probs[i, c]))}',colour
+
+@patch
+def _loss(self:CamInterpretation, i): return f'loss {short_number(float(self.losses[i]))}'
 
 @patch
 def _said(self:CamInterpretation, i, actual=True):
@@ -66,7 +71,8 @@ def plot_images(self:CamInterpretation,
     if not idxs: return message_figure(self._none(which), figsize, dpi)
     images,wrong = self.images(idxs),any(map(self._wrong, idxs))
     head = 'prediction and its probability' + '; beneath it the actual class'*wrong
-    p = Panels(ceil(len(idxs)/10), min(10, len(idxs)), 1 + wrong, _head(which, head), figsize=figsize, dpi=dpi, cell=1., aspect=_aspect(images))
+    p = Panels(ceil(len(idxs)/10), min(10, len(idxs)), 1 + wrong, _head(which, head), cell=1., figsize=figsize, dpi=dpi,
+               aspect=_aspect(images))
     p.titles(p.axs.flat, [self._said(i, wrong) for i in idxs])
     for ax,image in zip(p.axs.flat, images): draw_image(ax, image)
     return p.fig
@@ -77,7 +83,7 @@ def asked(self:CamInterpretation,
     idxs:list, # places in the data set
     target:str|list='predicted', # 'predicted', 'actual', 'rival', a class name, or an index for each image
 ) -> torch.Tensor: # class indices
-    """The class that each image's map is about. 'rival' is the actual class, or the runner-up where the prediction is right.
+    """The class that each image's map is about. 'rival': the actual class, or for a right prediction the runner-up.
     Raises InputError for another word, and for a target that is not one index for each image"""
     if not isinstance(target, str):
         if (target := torch.as_tensor(target)).shape!=(len(idxs),):
@@ -110,7 +116,8 @@ def cams(self:CamInterpretation,
     for xb in self.batches(idxs):
         t,classes = classes[:len(xb)],classes[len(xb):]
         found.append(cam_maps(model, xb, method, layer, t, min_px=min_px, **kwargs))
-    return np.concatenate([f.maps.float().cpu().numpy() for f in found]),np.concatenate([f.blank.cpu().numpy() for f in found])
+    maps,blank = (torch.cat(o).cpu().numpy() for o in ([f.maps.float() for f in found], [f.blank for f in found]))
+    return maps,blank
 
 # %% ../nbs/14_interpret.ipynb #14opts1
 def _options(kwargs):
@@ -149,15 +156,16 @@ def plot_top_losses(self:CamInterpretation,
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
     **kwargs, # more: see `cams`, and `cmap`, `alpha` of `overlay`
 ) -> Figure:
-    "The images with the highest losses; over each the prediction with its probability, beneath it the actual class and the loss"
+    "The images with the highest losses; over each the prediction with its probability, the actual class and the loss"
     idxs,(drawing,options,target) = self._ranked(k, largest),_options(kwargs)
     if not idxs: return message_figure(self._none(idxs), figsize, dpi)
     images,each,(rows,cols) = self.images(idxs),1 + heatmap,_grid(len(idxs), nrows, ncols, 5)
-    p = Panels(rows, each*cols, 2, 'prediction and its probability; actual class, loss', heatmap, .95 if heatmap else 1.4, plain, figsize, dpi,
-               group=each, aspect=_aspect(images))
+    p = Panels(rows, each*cols, 2, 'prediction and its probability; actual class, loss', heatmap, 1.4 - .45*heatmap, plain,
+               figsize, dpi, group=each, aspect=_aspect(images))
     panels = p.axs.reshape(-1, each)
     for axs,image in zip(panels, images): draw_image(axs[0], image, **({} if heatmap else drawing))
-    p.titles(panels[:, 0], [[self._sure(i), (f'{self.vocab[self.targs[i]]}, loss {short_number(float(self.losses[i]))}', 'actual')] for i in idxs], each)
+    names = self._names
+    p.titles(panels[:, 0], [[self._sure(i), (f'{names[self.targs[i]]}, {self._loss(i)}', 'actual')] for i in idxs], each)
     if heatmap:
         for axs,*drawn in zip(panels, images, *self.cams(idxs, **options)): draw_cam(axs[1], *drawn, **drawing)
         _heat_bar(p, f'CAM of {_whose(target)}', drawing)
@@ -171,14 +179,15 @@ def _draw_difference(ax, image, diff, blank, limit):
 @patch
 def _rival_head(self:CamInterpretation, idxs):
     "What the rivals of these images are"
-    return {(True,): 'for the actual class', (False,): 'for the runner-up'}.get(tuple({self._wrong(i) for i in idxs}), 'for the rival')
+    wrong = {self._wrong(i) for i in idxs}
+    return 'for the rival' if len(wrong) > 1 else 'for the actual class' if wrong=={True} else 'for the runner-up'
 
 @patch
 def _rows_of_four(self:CamInterpretation, idxs, classes, rivals):
     "Titles over four panels each"
-    grey = lambda text: (text, 'actual')
+    def grey(text): return text,'actual'
     return [[line] for i,c,r in zip(idxs, classes.tolist(), rivals.tolist())
-            for line in (grey(f'{i}, loss {short_number(float(self.losses[i]))}'), self._sure(i, c), grey(self._sure(i, r)[0]), grey(''))]
+            for line in (grey(f'{i}, {self._loss(i)}'), self._sure(i, c), grey(self._sure(i, r)[0]), grey(''))]
 
 # %% ../nbs/14_interpret.ipynb #bed05b4e
 @patch
@@ -197,8 +206,8 @@ def plot_cams(self:CamInterpretation,
     (a,blank_a),(b,blank_b) = (self.cams(idxs, **options | dict(target=t)) for t in (classes, rivals))
     images,limit,rows = self.images(idxs),np.abs(a - b).max().clip(.01),ceil(len(idxs)/2)
     heads = ['image', f'for {_whose(target)}', self._rival_head(idxs), 'difference']
-    p = Panels(rows, 8 if len(idxs) > 1 else 4, 1, _head(which, 'where the network looked for each class'), True, 1.2, plain, figsize, dpi,
-               heads, 4, _aspect(images))
+    p = Panels(rows, 8 if len(idxs) > 1 else 4, 1, _head(which, 'where the network looked for each class'), True, 1.2,
+               plain, figsize, dpi, heads, 4, _aspect(images))
     panels = p.axs.reshape(-1, 4)
     for axs,image,m,blank,o,other in zip(panels, images, a, blank_a, b, blank_b):
         draw_image(axs[0], image)
@@ -233,14 +242,17 @@ def _class_grid(self:CamInterpretation, which, groups, classes, maps, plain, fig
     idxs = [i for row in grid for i in row if i is not None]
     if not idxs: return message_figure(self._none(which), figsize, dpi)
     images,names = self.images(idxs),self._names
-    over = 'the wrong prediction' if any(map(self._wrong, idxs)) else "the prediction's probability"
-    head = '; '.join(filter(None, (f'a column for each actual class, over the images {over}', about)))
-    p = Panels(groups, len(chosen), 1, _head(which, head), bool(maps), .95, plain, figsize, dpi, [names[c] for c in chosen], aspect=_aspect(images))
+    what = 'the wrong prediction' if any(map(self._wrong, idxs)) else "the prediction's probability"
+    head = '; '.join(filter(None, (f'a column for each actual class, over the images {what}', about)))
+    p = Panels(groups, len(chosen), 1, _head(which, head), bool(maps), .95, plain, figsize, dpi,
+               [names[c] for c in chosen], aspect=_aspect(images))
     panels = [ax for row,axs in zip(grid, p.axs) for i,ax in zip(row, axs) if i is not None]
-    for ax,*drawn in zip(panels, images, *(maps(idxs) if maps else ())): (draw_cam if maps else draw_image)(ax, *drawn, **drawing)
+    draw = draw_cam if maps else draw_image
+    for ax,*drawn in zip(panels, images, *(maps(idxs) if maps else ())): draw(ax, *drawn, **drawing)
     for ax in p.axs.flat:
         if not ax.images: draw_image(ax, np.broadcast_to(_empty, (*images.shape[1:3], 3)))
-    p.titles(panels, [[self._sure(i) if self._wrong(i) else (short_number(float(self.probs[i].max())), 'actual')] for i in idxs])
+    def over(i): return self._sure(i) if self._wrong(i) else (short_number(self.probs[i, self.preds[i]].item()), 'actual')
+    p.titles(panels, [[over(i)] for i in idxs])
     if maps: _heat_bar(p, f'CAM of {whose}', drawing)
     return p.fig
 
@@ -284,8 +296,9 @@ def plot_methods(self:CamInterpretation,
     idxs,(drawing,options,target) = self.indices([i] if isinstance(i, (int, np.integer)) else i),_options(kwargs)
     if not idxs: return message_figure(self._none(idxs), figsize, dpi)
     images = self.images(idxs)
-    p = Panels(len(idxs), 1 + len(methods), 2, 'prediction and its probability, actual class; maps by several methods', True, 1.1, plain,
-               figsize, dpi, ['image', *methods], aspect=_aspect(images))
+    head = 'prediction and its probability, actual class; maps by several methods'
+    p = Panels(len(idxs), 1 + len(methods), 2, head, True, 1.1, plain, figsize, dpi, ['image', *methods],
+               aspect=_aspect(images))
     for ax,image in zip(p.axs[:, 0], images): draw_image(ax, image)
     for axs,m in zip(p.axs.T[1:], methods):
         for ax,*drawn in zip(axs, images, *self.cams(idxs, method=m, **options)): draw_cam(ax, *drawn, **drawing)
@@ -308,13 +321,13 @@ def mean_cams(self:CamInterpretation,
     n:int=100, # most images a class or pair: the first ones in the data set
     **kwargs, # more: see `cams`
 ) -> list: # for each: (mean image H×W×3 uint8, mean map H×W, images in the mean)
-    "Mean image and mean CAM of the predicted class. A name stands for its images that are right. Blank maps are left out"
+    "Mean image and mean CAM of the prediction. A name stands for its images that are right. Blank maps are left out"
     out = []
     for actual,predicted in (self._pair(c) for c in (self._names if classes is None else classes)):
         idxs = ((self.targs==actual) & (self.preds==predicted)).nonzero().flatten()[:n].tolist()
         maps,blank = self.cams(idxs, **kwargs) if idxs else (np.empty((0, 1, 1)), np.empty(0, bool))
-        if blank.all(): out.append((None, None, 0))
-        else: out.append((self.images(idxs)[~blank].mean(0).round().astype(np.uint8), maps[~blank].mean(0), int((~blank).sum())))
+        image = None if blank.all() else self.images(idxs)[~blank].mean(0).round().astype(np.uint8)
+        out.append((image, None if blank.all() else maps[~blank].mean(0), int((~blank).sum())))
     return out
 
 # %% ../nbs/14_interpret.ipynb #a26d85ea
@@ -322,12 +335,13 @@ def _mean_titles(classes, means):
     "Over each column: the class, or the confused pair; and how many images are in the mean"
     for c,(*_,n) in zip(classes, means):
         count = (f'{n} image{"s"*(n > 1)}' if n else 'no images','actual')
-        yield [(f'{c[0]} taken', 'actual'), (f'for {c[1]}', 'wrong'), count] if _is_pair(c) else [(str(c), 'plain'), count]
+        if _is_pair(c): yield [(f'{c[0]} taken', 'actual'), (f'for {c[1]}', 'wrong'), count]
+        else: yield [(str(c), 'plain'), count]
 
 @patch
 @delegates(CamInterpretation.cams, keep=True)
 def plot_mean_cams(self:CamInterpretation,
-    classes:list=None, # names, and pairs (actual, predicted) as `most_confused` gives them; None: all classes, of more than 20 the most confused
+    classes:list=None, # names, and pairs as `most_confused` gives them; None: all, of more than 20 the most confused
     n:int=100, # most images a class or pair: the first ones in the data set
     plain:bool=False, # no text, for papers
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
@@ -340,8 +354,8 @@ def plot_mean_cams(self:CamInterpretation,
     if not classes: return message_figure(self._none(classes), figsize, dpi)
     means = self.mean_cams(classes, n, **kwargs)
     high = max([m.max() for _,m,_ in means if m is not None], default=1)
-    p = Panels(2, len(classes), 0, '; '.join(filter(None, ('mean image and mean CAM', about))), True, .95, plain, figsize, dpi,
-               above=2 + any(map(_is_pair, classes)))
+    head = '; '.join(filter(None, ('mean image and mean CAM', about)))
+    p = Panels(2, len(classes), 0, head, True, .95, plain, figsize, dpi, above=2 + any(map(_is_pair, classes)))
     for (top,low),(image,cam,_) in zip(p.axs.T, means):
         draw_image(top, _empty if image is None else image)
         low.imshow(_empty if cam is None else cam, vmin=0, vmax=high, cmap=cmap, interpolation='bicubic')
@@ -358,14 +372,15 @@ def save_maps(self:CamInterpretation,
     which:str|list='misclassified', # which ones, in which order: see `indices`
     **kwargs, # more: see `cams`
 ) -> Path: # of the file
-    """The maps of `plot_cams` with the same arguments: predicted class and rival, with files and classes. Open it by `np.load`.
+    """The maps of `plot_cams` with the same arguments, with files and classes. Open it by `np.load`.
     Raises InputError if there are no such images"""
     idxs,path,target = self.indices(which, k),Path(path),kwargs.pop('target', 'predicted')
     if path.suffix != '.npz': path = path.with_name(f'{path.name}.npz')
     if not idxs: raise InputError(self._none(which))
     (maps,blank),(rival_maps,rival_blank) = (self.cams(idxs, t, **kwargs) for t in (target, 'rival'))
-    np.savez_compressed(
-        path, maps=maps, blank=blank, rival_maps=rival_maps, rival_blank=rival_blank, indices=idxs, files=self.file_names(idxs),
-        targets=self.targs[idxs], predictions=self.preds[idxs], rivals=self.asked(idxs, 'rival'), probabilities=self.probs[idxs],
-        losses=self.losses[idxs], vocab=self._names, method=kwargs.get('method', 'hirescam'), layer=str(kwargs.get('layer', 'auto')))
+    images = dict(indices=idxs, files=self.file_names(idxs), targets=self.targs[idxs], predictions=self.preds[idxs],
+                  rivals=self.asked(idxs, 'rival'), probabilities=self.probs[idxs], losses=self.losses[idxs],
+                  vocab=self._names)
+    np.savez_compressed(path, maps=maps, blank=blank, rival_maps=rival_maps, rival_blank=rival_blank, **images,
+                        method=kwargs.get('method', 'hirescam'), layer=str(kwargs.get('layer', 'auto')))
     return path

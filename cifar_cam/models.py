@@ -14,6 +14,8 @@ from functools import partial
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -82,25 +84,101 @@ def layer_table(
     return pd.DataFrame(rows, columns=['layer','kind','output','parameters'])
 
 # %% ../nbs/05_models.ipynb #e030f46b
+_POOLS = nn.MaxPool2d,nn.AvgPool2d,nn.AdaptiveAvgPool2d,nn.AdaptiveMaxPool2d
+
+def _weighs(m): return isinstance(m, (nn.Conv2d, nn.Linear))
+
+def _passes_by(m, x):
+    "Does the input of `m` reach its output past its first convolution? It still matters when that gives zeros"
+    first = next(filter(_weighs, m.modules()))
+    handle = first.register_forward_hook(lambda _m, _args, out: torch.zeros_like(out))
+    try: return bool(((m(x.clone()) - m(x + 1)).abs() > 1e-6).any())
+    except (RuntimeError, TypeError): return False # it takes something else than one batch
+    finally: handle.remove()
+
+def _boxes(m, name, seen, sizes, found):
+    """Append to `found` a [stage, kind, output, parameters, convolutions] for each box of the diagram.
+    Norms, activations and pools inside a stage belong to the box before"""
+    n,shape = sum(p.numel() for p in m.parameters()),sizes.get(m)
+    block = any(m.children()) and not isinstance(m, nn.Sequential) and any(map(_weighs, m.modules()))
+    if block and m in seen and _passes_by(m, seen[m]):
+        found.append([name, 'block', shape, n, sum(map(_weighs, m.modules()))])
+    elif any(m.children()):
+        for k,child in m.named_children(): _boxes(child, name or k, seen, sizes, found)
+    elif _weighs(m) or not found or isinstance(m, _POOLS) and name != found[-1][0]:
+        kind = 'linear' if isinstance(m, nn.Linear) else 'conv' if _weighs(m) else 'pool'
+        if shape: found.append([name, kind, shape, n, 1])
+    else:
+        found[-1][3] += n
+        if isinstance(m, _POOLS): found[-1][2] = shape
+
+# %% ../nbs/05_models.ipynb #05box2
+def _network_boxes(model, size):
+    "The boxes of `model` for one image of `size` pixels: see `_boxes`"
+    seen,sizes,found = {},{},[]
+    def note(m, args, out):
+        if torch.is_tensor(out): sizes[m] = tuple(out.shape[1:])
+        if len(args)==1 and torch.is_tensor(args[0]): seen[m] = args[0].clone()
+    training = {m: m.training for m in model.modules()}
+    handles = [m.register_forward_hook(note) for m in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+            model(x.to(next(model.parameters()).device))
+            for h in handles: h.remove()
+            _boxes(model, '', seen, sizes, found)
+    finally:
+        for h in handles: h.remove()
+        for m,t in training.items(): m.training = t
+    return found
+
+# %% ../nbs/05_models.ipynb #05box3
+_FILLS = dict(conv='#8fb4d9', block='#4477aa', pool='0.85', linear='#ddaa55')
+_NAMES = dict(conv='convolution, with its norm, activation and pooling', block='block with a skip around it',
+              pool='pooling', linear='linear')
+
 def plot_network(
-    model:nn.Module, # a network whose stages are its children
+    model:nn.Module, # any network of images
     size:int=32, # side of the images in pixels
 ):
-    "The stages of `model` as boxes: height is the side of the map, width the number of channels, each on a root scale"
-    table = layer_table(model, size)
-    table['stage'] = table.layer.str.split('.').str[0]
-    stages = table.groupby('stage', sort=False).agg(output=('output','last'), parameters=('parameters','sum'))
+    "The network as boxes: height is the side of the map, width the number of channels, each on a root scale"
+    boxes = _network_boxes(model, size)
+    tall = max(b[2][1] if len(b[2]) > 1 else 1 for b in boxes)**.5
+    x,starts,spans = 0.,[],{}
     fig,ax = plt.subplots(figsize=(10, 3), layout='constrained')
-    x = 0
-    for name,(shape,n) in stages.iterrows():
-        w,h = shape[0]**.5/8, (shape[1] if len(shape) > 1 else 1)**.5
-        ax.add_patch(plt.Rectangle((x, -h/2), w, h, fc='C0' if n else '0.85', ec='k', alpha=.7))
-        ax.text(x + w/2, h/2 + .2, f"{name}\n{'×'.join(map(str, shape))}", ha='center', fontsize=8)
-        ax.text(x + w/2, -h/2 - .2, f'{n:,}' if n else '', ha='center', va='top', fontsize=7, color='0.3')
-        x += w + 1.4
-    ax.set(xlim=(-1, x), ylim=(-4, 5))
+    for n,(stage,kind,shape,count,_) in enumerate(boxes):
+        w,h = .35 + shape[0]**.5/16,(shape[1] if len(shape) > 1 else 1)**.5
+        if n: x += .35 if stage==boxes[n-1][0] else 1.1
+        ax.add_patch(plt.Rectangle((x, -h/2), w, h, fc=_FILLS[kind], ec='white', lw=.5))
+        if kind=='block': _draw_skip(ax, x, w, h)
+        first,_,total = spans.get(stage, (x, x, 0))
+        spans[stage] = (first, x + w, total + count)
+        x += w
+    for stage,(a,b,count) in spans.items():
+        _name_stage(ax, stage, (a + b)/2, tall, [o for o in boxes if o[0]==stage], count)
+    ax.set(xlim=(-.8, x + .8), ylim=(-tall/2 - 1.5, tall/2 + 2.9))
     ax.axis('off')
+    kinds = [k for k in _FILLS if any(b[1]==k for b in boxes)]
+    squares = [plt.Rectangle((0, 0), 1, 1, fc=_FILLS[k]) for k in kinds]
+    fig.legend(squares, [_NAMES[k] for k in kinds], loc='outside lower left', ncols=len(kinds), fontsize=8, frameon=False,
+               handlelength=1)
+    total = f'{type(model).__name__}: {count_parameters(model):,} trained parameters'
+    title = f'{total}; over each stage its output, beneath it its parameters'
+    ax.set_title(title, fontsize=9, loc='left', color='0.3')
     return fig
+
+def _draw_skip(ax, x, w, h):
+    "An arc from before a box to behind it"
+    a,b,low,high = x - .1,x + w + .1,h/2,h/2 + 1.1
+    path = Path([(a, low), (a, high), (b, high), (b, low + .05)], [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
+    ax.add_patch(FancyArrowPatch(path=path, arrowstyle='-|>', mutation_scale=6, lw=.9, color='#aa3377'))
+
+def _name_stage(ax, stage, x, tall, boxes, count):
+    blocks,shape = sum(b[1]=='block' for b in boxes),boxes[-1][2]
+    words = f'{stage}: {blocks} block{"s"*(blocks > 1)}' if blocks else stage
+    ax.text(x, tall/2 + 1.1, f'{words}\n{"×".join(map(str, shape))}', ha='center', va='bottom', fontsize=8, linespacing=1.15)
+    ax.text(x, -tall/2 - .4, f'{count:,}' if count else '', ha='center', va='top', fontsize=7.5, color='0.35')
 
 # %% ../nbs/05_models.ipynb #a3a5dfed
 def conv_norm(

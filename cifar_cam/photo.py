@@ -20,13 +20,15 @@ from .forward import untouched, unwrap
 from .layers import find_layer
 from .cam import cam_maps
 from .panels import cut_text, draw_cam, new_figure, short_number
-from .predictions import class_index, class_probs, image_batches, TwoClasses
+from .heads import class_index, class_probs, TwoClasses
+from .predictions import image_batches
 
 # %% ../nbs/14b_photo.ipynb #e00d60c4
 def _known(learn):
     "What a learner knows of its images: (classes, (means, standard deviations), (height, width))"
     dl = learn.dls.valid if len(learn.dls.loaders) > 1 else learn.dls.train
-    if not getattr(dl, 'vocab', None): raise InputError('the learner knows no classes, as that of a regression: it has no map of a class')
+    if not getattr(dl, 'vocab', None):
+        raise InputError('the learner knows no classes, as that of a regression: it has no map of a class')
     norm,channels = next((t for t in dl.after_batch.fs if isinstance(t, Normalize)), None),3
     size = next((t.size[::-1] for t in dl.dataset.tls[0].tfms.fs if isinstance(t, Squeeze)), None)
     if len(dl.dataset): channels,*size = next(image_batches(dl, [0])).shape[1:] # an exported learner has no images
@@ -34,8 +36,9 @@ def _known(learn):
     return dl.vocab,stats,size and tuple(size)
 
 def _squeezed(photo, size, stats, model):
-    "The whole photo at `size` (height, width), normalised, as a batch of one with as many channels as `stats`, on the device of `model`"
-    if (channels := len(stats[0])) not in (1, 3): raise InputError(f'the network takes images of {channels} channels; a photo has 1 or 3')
+    "The whole photo at `size` (height, width), normalised, as a batch of one on the device of `model`"
+    if (channels := len(stats[0])) not in (1, 3):
+        raise InputError(f'the network takes images of {channels} channels; a photo has 1 or 3')
     x = np.array(photo.convert('L' if channels==1 else 'RGB').resize(size[::-1], Image.Resampling.BICUBIC))
     x = torch.from_numpy(x.reshape(*size, -1)).permute(2, 0, 1)[None].float()/255
     mean,std = (torch.tensor(s, dtype=torch.float32).view(1, -1, 1, 1) for s in stats)
@@ -66,14 +69,15 @@ def explain_image(
     cmap:str='inferno', alpha:float=.8, # of the map: see `overlay`
     **kwargs, # more for `cam_maps`, such as `eigen_smooth`
 ) -> tuple: # (figure, {class: probability}, likeliest first)
-    """Where a network looks in a photo, and its three likeliest classes. The whole photo is squeezed to `size`. Raises InputError for
-    a photo that cannot be read, an unknown class, and a network without `vocab` and `stats`"""
+    """Where a network looks in a photo, and its three likeliest classes. The whole photo is squeezed to `size`.
+    Raises InputError for a photo that cannot be read, an unknown class, and a network without `vocab` and `stats`"""
     im = open_photo(photo)
     known = _known(learn) if isinstance(learn, Learner) else (None, None, (32, 32))
     model,loss_func = (learn.model, learn.loss_func) if isinstance(learn, Learner) else (learn, None)
     vocab,stats,size = (k if o is None else o for o,k in zip((vocab, stats, size), known))
     if vocab is None or stats is None: raise InputError('a network alone: pass vocab and stats too')
-    if size is None: raise InputError('the learner has no images of its own: pass size, the height and width of those it was trained on')
+    if size is None:
+        raise InputError('the learner has no images of its own: pass size, the (height, width) it was trained on')
     names = [str(c) for c in vocab]
     asked = target if target is None else class_index(target, names)
     x = _squeezed(im, size, stats, model)
@@ -83,15 +87,16 @@ def explain_image(
     out = 2*res.preds[:, 1:] if one else res.preds # half the logit: see `TwoClasses`
     probs = dict(sorted(zip(names, class_probs(out, len(names), loss_func, act)[0][0].tolist()), key=lambda o: -o[1]))
     shown = names[asked] if asked is not None else next(iter(probs))
-    fig = _draw_photo(im, res.maps[0].cpu(), bool(res.blank[0]), probs, shown, plain, figsize, dpi, cmap=cmap, alpha=alpha)
-    return fig,probs
+    cam,blank = res.maps[0].cpu(),bool(res.blank[0])
+    return _draw_photo(im, cam, blank, probs, shown, plain, figsize, dpi, cmap=cmap, alpha=alpha),probs
 
 # %% ../nbs/14b_photo.ipynb #ed91d678
 def _draw_photo(im, cam, blank, probs, target, plain, figsize, dpi, **drawing):
     "The photo, its overlay and bars of the three likeliest classes"
     im = ImageOps.contain(im, (2000, 2000)) if max(im.size) > 2000 else im # more than a figure shows
     w = 3*min(2, max(0.5, im.width/im.height))
-    figsize = figsize or (np.multiply(im.size, 4/max(im.size)) if plain else (2*w + 2.3, min(3, 3*w*im.height/im.width/3) + .35))
+    own_size = np.multiply(im.size, 4/max(im.size)) if plain else (2*w + 2.3, min(3, w*im.height/im.width) + .35)
+    figsize = own_size if figsize is None else figsize
     fig = new_figure(figsize, dpi, layout=None if plain else 'constrained')
     axs = [fig.add_axes([0, 0, 1, 1])] if plain else fig.subplots(1, 3, width_ratios=[w, w, 2.])
     for ax in axs: ax.set_axis_off()

@@ -47,7 +47,7 @@ def pick_device(
 ) -> torch.device:
     "A device that is here. Raises InputError for another"
     try:
-        device = torch.device(name or defaultpick_device())
+        device = torch.device(name or default_device())
         torch.empty(1, device=device if device.type in ('cpu', 'cuda', 'mps') else 'none')
         return device
     except (RuntimeError, TypeError, AssertionError):

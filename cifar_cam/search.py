@@ -10,18 +10,19 @@ import os, socket, shutil, time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
 from fastai.vision.all import Callback
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from .core import InputError, check_seed, write_json
 from .learner import Checkpoint
 from .recipe import Recipe, change_recipe, chooses, find_recipe, fit_recipe
 from .history import History, KeepBest
 from .core import Seed
-from .run import Count, environment, fit_run, load_run, new_run_folder, read_record, recipe_from_record
+from .run import environment, fit_run, load_run, new_run_folder, read_record, recipe_from_record
 from .space import open_storage, optuna_package, parse_space, quiet_optuna
 
 # %% ../nbs/25c_search.ipynb #16d6ee66
@@ -31,7 +32,7 @@ class SweepRecord(BaseModel, strict=True):
     settings: list[str] # ranges and choices, as they were given
     data: str # 'cifar10', 'shapes', or the path of the images
     data_checksum: str # of the images
-    trials: Count # how many are wanted
+    trials: Annotated[int, Field(gt=0)] # how many are wanted
     seed: Seed # of every training and of what is proposed
     prune: bool # stop what falls behind
     storage: str # where Optuna keeps the trials

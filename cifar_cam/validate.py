@@ -18,7 +18,8 @@ from fastcore.script import store_true
 from .core import InputError, save_atomically, write_json, writing
 from .photos import NamedImage, Squeeze
 from .formats import unpack_images
-from .images import data_path, tested_on
+from .tables import split_folders
+from .images import data_path
 from .inputs import file_column, where_named
 from .interpret import CamInterpretation
 from .learner import cifar_learner
@@ -44,9 +45,14 @@ def _table_labels(path, column, label):
 def _class_folders(path):
     return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith('.') and d.name!='__MACOSX')
 
+def _tested_folder(path):
+    "test/, in any of its spellings, else the held-out images"
+    parts = split_folders(path)
+    return parts.get('test') or parts.get('valid') or path/'test'
+
 def _labelled_folder(path):
     "The folder of `path` whose folders are classes"
-    inside = path/tested_on(path)
+    inside = _tested_folder(path)
     folder = inside if inside.is_dir() and _class_folders(inside) else path
     if not any(get_image_files(d, recurse=False) for d in _class_folders(folder)):
         raise InputError(f'{path}: no images in class folders; it needs <class>/<image>, or test/<class>/<image>')
@@ -67,7 +73,7 @@ def labelled_images(
         path = unpack_images(path, _labelled_folder)
     elif not path.is_dir():
         raise InputError(f'{data}: no such file or folder; name a labelled set')
-    inside = _labelled_folder(path)/tested_on(path)
+    inside = _tested_folder(_labelled_folder(path))
     folder = inside if inside.is_dir() and _class_folders(inside) else path
     return [(f, d.name) for d in _class_folders(folder) for f in sorted(get_image_files(d, recurse=False))]
 
