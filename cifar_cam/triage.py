@@ -31,7 +31,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from .core import check_seed, InputError, save_atomically, write_json
-from .images import image_files, open_photo
+from .photos import open_photo
+from .images import image_files
 from .augment import TTA
 from .panels import draw_image, message_figure, Panels
 from .interpret import CamInterpretation
