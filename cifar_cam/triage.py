@@ -273,23 +273,27 @@ def _coarse(thumbs):
     blocks -= blocks.mean((2, 3), keepdims=True)
     return _unit(blocks.reshape(len(thumbs), -1))
 
-def _blurred(thumbs):
-    "Without the finest structure, of mean 0 in each channel"
+def _split(thumbs):
+    "(blurred colours of mean 0, grey values less their blurred selves): the coarse and the fine structure"
     soft = gaussian_filter(thumbs.astype(np.float32), (0, 0, 1.5, 1.5))
-    return soft - soft.mean((2, 3), keepdims=True)
+    grey = thumbs.mean(1, keepdims=True, dtype=np.float32)
+    return soft - soft.mean((2, 3), keepdims=True),grey - gaussian_filter(grey, (0, 0, 2, 2))
 
 def _same_contrast(x): return x/np.sqrt((x**2).mean((1, 2, 3), keepdims=True)).clip(1)
 
 def _likeness(a, b):
-    "The correlation of pairs in their worst tile, at the best shift; without structure nothing is alike"
-    middle,best,worst = _same_contrast(a[:, :, 1:-1, 1:-1]),np.full(len(a), -np.inf),np.zeros(len(a))
+    "The correlation of pairs in their worst tile, at the best shift; 0 where the fine structure is another, or none"
+    (a,fine_a),(b,fine_b) = _split(a),_split(b)
+    middle,fine = _same_contrast(a[:, :, 1:-1, 1:-1]),_unit(fine_a[:, :, 1:-1, 1:-1].reshape(len(a), -1))
+    best,worst,same = np.full(len(a), -np.inf),np.zeros(len(a)),np.zeros(len(a))
     for i in range(3):
         for j in range(3):
             apart = ((middle - _same_contrast(b[:, :, i:i+30, j:j+30]))**2).mean(1)/2
             better = 1 - apart.mean((1, 2)) > best
             best = np.where(better, 1 - apart.mean((1, 2)), best)
             worst = np.where(better, 1 - apart.reshape(-1, 6, 5, 6, 5).mean((2, 4)).max((1, 2)), worst)
-    return np.where(a.std((1, 2, 3)) > 2, worst, 0)
+            same = np.maximum(same, (fine*_unit(fine_b[:, :, i:i+30, j:j+30].reshape(len(b), -1))).sum(1))
+    return np.where((a.std((1, 2, 3)) > 2) & (same > .4), worst, 0)
 
 # %% ../nbs/17_triage.ipynb #17copy02
 def find_copies(
@@ -308,7 +312,7 @@ def find_copies(
         i,j = np.nonzero((far < .7) & ~itself)  # a cosine of 0.755; of a copy it is above 0.8
         for part in np.array_split(np.arange(len(i)), len(i)//2000 + 1):
             image,of = i[part],near[i[part], j[part]]
-            likeness = _likeness(_blurred(seen[image]), _blurred(others[of]))
+            likeness = _likeness(seen[image], others[of])
             rows.append(pd.DataFrame(dict(image=image, copy_of=of, likeness=likeness, mirrored=mirrored)))
     found = pd.concat(rows).query('likeness >= @least').sort_values('likeness', ascending=False, kind='stable')
     return found.drop_duplicates('image').sort_values('image', ignore_index=True)
