@@ -41,7 +41,7 @@ def finished_run(
     run.model  # says so if the training is not finished
     return run
 
-# %% ../nbs/23_predict.ipynb #b9b96743
+# %% ../nbs/23_predict.ipynb #4e7d31ff
 def pick_device(
     name=None, # 'cpu', 'cuda', ...; None: fastai's default
 ) -> torch.device:
