@@ -31,7 +31,7 @@ from .loaders import cifar_dls
 from .models import build_model, count_parameters, MODELS, NORMS
 from .optimizers import OPTIMIZERS
 from .schedule import find_lrs, Plateau, step_schedule
-from .callbacks import FreezeWhitening, L1Penalty, ProgressiveResize
+from .callbacks import FreezeWhitening, L1Penalty, mix_callbacks, ProgressiveResize, WeightAverage
 from .learner import cifar_learner
 
 # %% ../nbs/18_recipe.ipynb #18rates1
@@ -111,6 +111,9 @@ class Recipe:
     size: Annotated[int, Field(ge=32, le=1024)] = 32 # side in pixels that images of another size are squeezed to
     resize: Annotated[str, AfterValidator(_sides)] = '' # training images shrink to these sides, one after another
     tta: Annotated[str, one_of(TTA)] = 'flip' # what the test images' logits are averaged over: a key of `TTA`
+    mixup: Annotated[float, Field(ge=0, le=10)] = 0. # mix pairs of images: MixUp's α; 0 for none
+    cutmix: Annotated[float, Field(ge=0, le=10)] = 0. # paste a part of another image: CutMix's α; 0 for none
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0. # decay of averaged weights, such as .999; 0 for none
     keep_best: bool = False # end with the best checkpoint instead of the last epoch
     hold_out: Annotated[float, Field(ge=.001, le=.9)] = .1 # share of train to choose by, where something is chosen
     published: float|None = None # accuracy of the published experiment, in percent
@@ -379,6 +382,8 @@ def recipe_learner(
     if r.l1: cbs.append(L1Penalty(r.l1))
     if r.arch=='speednet': cbs.append(FreezeWhitening())
     if r.resize: cbs.append(ProgressiveResize([int(s) for s in r.resize.split(',')]))
+    cbs += mix_callbacks(r.mixup, r.cutmix)
+    if r.ema: cbs.append(WeightAverage(r.ema))
     return cifar_learner(dls, r.arch, r.norm, r.opt, r.wd, r.label_smoothing, seed=seed, cbs=cbs, **kwargs)
 
 # %% ../nbs/18_recipe.ipynb #b1cd9bdd

@@ -26,7 +26,7 @@ from .core import (check_seed, InputError, one_of, remove_leftovers, Seed, save_
                             writing)
 from .images import CIFAR10, data_checksum, data_path
 from .augment import TTA
-from .models import build_model
+from .models import build_model, count_parameters
 from .parallel import data_parallel, from_first, leave_processes, one_process
 from .learner import Checkpoint
 from .interpret import CamInterpretation
@@ -154,6 +154,9 @@ class MetricsRecord(_Record):
         description='of each channel, 0 to 1, as images were normalised')
     std: Annotated[list[Annotated[float, Field(gt=0, le=1)]],
                    Field(min_length=3, max_length=3)] = Field(description='likewise')
+    parameters: _Count|None = Field(None, description='trainable parameters of the network')
+    best_train_accuracy: _Share|None = Field(None, description='of augmented images, in the best epoch')
+    test_note: str|None = Field(None, description='what the test set is, where the data have none of their own')
     weights_sha256: str|None = Field(None, description='of weights.safetensors; only in what `ship_run` made')
 
 # %% ../nbs/19_run.ipynb #19readrc
@@ -233,6 +236,7 @@ class Run:
     @property
     def chosen_on(self) -> str:
         "What was picked while training, and by which images"
+        if self.finished and self.metrics.get('test_note'): return self.metrics['chosen_on']
         what = ', '.join(chooses(self.recipe))
         if not what: return 'nothing chosen while training'
         return f'{what} chosen on ' + ('the TEST set, as published' if self.env['published_protocol']
@@ -386,7 +390,10 @@ def _finish(run):
         path,r,learn = run.path,run.recipe,run.learn
         if r.keep_best: load_weights(learn.model, path/'best.safetensors')
         save_atomically(lambda f: save_weights(learn.model, f), path/'weights.safetensors')
-        about = dict(epochs=r.epochs, chosen_on=run.chosen_on, **image_format(learn.dls))
+        about = dict(epochs=r.epochs, chosen_on=run.chosen_on, parameters=count_parameters(learn.model),
+                     best_train_accuracy=float(run.history.train_accuracy.max()), **image_format(learn.dls))
+        note = getattr(learn.dls, 'test_note', '')
+        if note: about |= dict(chosen_on=f'{run.chosen_on}; {note}', test_note=note)
         write_json(dict(evaluate_learner(learn, learn.dls[-1], r.tta), **about), path/'metrics.json')
     dls,run = vars(run).get('dls'),load_run(run.path, run.moved_to)
     if dls is not None: run.dls = dls  # read once
