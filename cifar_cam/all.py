@@ -32,6 +32,7 @@ from cifar_cam.measures import *
 from cifar_cam.scorecard import *
 from cifar_cam.triage import *
 from cifar_cam.recipe import *
+from cifar_cam.comparison import *
 from cifar_cam.evaluate import *
 from cifar_cam.history import *
 from cifar_cam.run import *

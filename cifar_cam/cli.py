@@ -23,8 +23,8 @@ from .core import InputError, save_atomically
 from .parallel import one_process, say_once
 from .photo import explain_image
 from .scorecard import CAM_METHODS, score_run
-from .recipe import (find_recipe, pick_lrs, Recipe, recipe_dls, recipe_learner, recipe_modules, recipe_table,
-                              show_recipe)
+from .recipe import find_recipe, pick_lrs, Recipe, recipe_dls, recipe_learner, recipe_modules, recipe_table
+from .comparison import show_recipe
 from .run import folder_for, load_run
 from .report import compare_runs, write_report
 from .experiment import run_recipe, run_seeds, train_run, train_seeds

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'AUGMENTS', 'RECIPES', 'AS_PUBLISHED', 'PUBLISHED_RECIPES', 'EXPERIMENTS', 'read_steps', 'Recipe',
-           'chooses', 'change_recipe', 'find_recipe', 'show_recipe', 'read_recipe', 'recipe_modules', 'load_published',
-           'recipe_table', 'recipe_dls', 'recipe_learner', 'pick_lrs', 'fit_recipe']
+           'chooses', 'change_recipe', 'find_recipe', 'read_recipe', 'recipe_modules', 'load_published', 'recipe_table',
+           'recipe_dls', 'recipe_learner', 'pick_lrs', 'fit_recipe']
 
 # %% ../nbs/18_recipe.ipynb #18imp1r
 import tempfile
@@ -197,48 +197,6 @@ EXPERIMENTS = {
     'resnet18-layernorm': 'ResNet18 + layer norm + Adam', 'speedrun': '94 % in minutes on two cores',
     'resnet18-steps': 'ResNet18 + one step down'}
 
-# %% ../nbs/18_recipe.ipynb #18pubset
-_LOG = dict(epochs='the log has a row for each', bs='batches an epoch in the log', arch='the printed network',
-            schedule='the rates of the log')
-_SAID_BY_LOG = {
-    'resnet18-plateau': _LOG | dict(lr='first rate of the log', factor='falls after epochs 8 and 11',
-                                    patience='falls after epochs 8 and 11',
-        watch='replayed with the test losses', floor='the last rate of the log', wd='named L2-0 in the log',
-        l1='named L1-1; the strength is ours',
-        keep_best='the headline is the best epoch'),
-    'resnet18-onecycle': _LOG | dict(lr='0.370 at epoch 5', div='0.077 at the end of epoch 1',
-                                     pct_start='peak at epoch 5 of 24',
-        flip='the transforms printed', padding='the transforms printed', cutout='the transforms printed',
-        label_smoothing='plain cross-entropy'),
-    'davidnet': dict(arch='the assignment: no scaled logits', epochs='the assignment', bs='the assignment',
-                     schedule='the assignment', lr='found, says the assignment',
-        lr_min='found, says the assignment', pct_start='peak at epoch 5 of 24', padding='the assignment',
-        flip='the assignment', cutout='the assignment'),
-    'resnet18-steps': _LOG | dict(steps='accuracy jumps after epoch 46'),
-    'resnet18-albumentations': _LOG | dict(lr='first rate of the log', factor='halved after epoch 41',
-                                           patience='replayed with the accuracies',
-                                           watch='no count of losses gives the log'),
-    'resnet18-layernorm': _LOG | dict(norm='the title', opt='the text', lr='the last nine rates fit this peak',
-                                      pct_start='the last nine rates fit this share')}
-
-# %% ../nbs/18_recipe.ipynb #18pubwhy
-_OUR_REASONS = {
-    'resnet18-plateau': dict(epochs='two hours on two cores', opt='Nesterov learns faster in 20 epochs',
-                             lr='61 % after one epoch, against 40 from 0.1',
-        factor='20 epochs leave room for two falls', patience='one bad epoch ends a high rate too soon',
-        wd='usual for CIFAR-10'),
-    'resnet18-onecycle': dict(epochs='two hours on two cores',
-                              lr='0.37 keeps the log below 50 % until it has come down',
-                              opt='Nesterov learns faster in 20 epochs',
-        flip='an object and its mirror image are of one class', padding='no black borders',
-        label_smoothing='with it 93.08 %'),
-    'davidnet': dict(lr='the peak that Page published for this network', lr_min='0.005 of the peak',
-                     arch='Page scales the logits by 1/8', padding='no black borders', opt='as Page'),
-    'resnet18-albumentations': dict(epochs='two hours on two cores', lr='as resnet18-plateau',
-                                    factor='20 epochs leave room for two falls', watch='losses are less noisy'),
-    'resnet18-layernorm': dict(epochs='two hours on two cores', bs='as the other ResNet18s',
-                               lr='the best of five held-out trials', pct_start='fastai\'s default')}
-
 # %% ../nbs/18_recipe.ipynb #18findrc
 def find_recipe(
     name:str|Path, /, # a built-in recipe, or a TOML file
@@ -256,28 +214,6 @@ def find_recipe(
     raise InputError(f"unknown recipe {full!r}: choose one of {', '.join(known)}, or a .toml file")
 
 def _published_names(): return [n.removesuffix(AS_PUBLISHED) for n in PUBLISHED_RECIPES]
-
-# %% ../nbs/18_recipe.ipynb #18showre
-def show_recipe(
-    name:str, # an experiment: a key of `RECIPES`, or 'resnet18-steps'
-) -> pd.DataFrame: # a row for each setting that differs or that the log gives
-    """The settings of an experiment: as published, how the log says it, ours, and why ours differs. Raises
-    InputError for an unknown one"""
-    name = str(name).removesuffix(AS_PUBLISHED)
-    if name not in EXPERIMENTS:
-        raise InputError(f"unknown recipe {name!r}: choose one of {', '.join(EXPERIMENTS)}")
-    theirs = asdict(PUBLISHED_RECIPES[name + AS_PUBLISHED]) if name + AS_PUBLISHED in PUBLISHED_RECIPES else {}
-    ours = asdict(RECIPES[name]) if name in RECIPES else {}
-    said,why = _SAID_BY_LOG.get(name, {}),_OUR_REASONS.get(name, {})
-    rows = []
-    for f in fields(Recipe)[1:]:
-        if f.name.startswith('published'): continue
-        a,b = theirs.get(f.name, '—'),ours.get(f.name, '—')
-        if f.name not in said and a==b==f.default: continue
-        rows.append(dict(setting=f.name, published=a if f.name in said else '—',
-                         log=said.get(f.name, 'not said: ours'), trained_here=a,
-                         ours=b, why=why.get(f.name, '') if a!=b else ''))
-    return pd.DataFrame(rows)
 
 # %% ../nbs/18_recipe.ipynb #6656711f
 def read_recipe(

@@ -15,7 +15,7 @@ from cifar_cam.loaders import cifar_dls
 from cifar_cam.models import MODELS
 from cifar_cam.recipe import find_recipe
 from cifar_cam.run import fit_run, load_run
-from cifar_cam.tables import COLUMNS
+from cifar_cam.tables import _COLUMNS
 from cifar_cam.triage import VERDICTS, load_evidence, read_triage
 
 QUICK = dict(epochs=2, bs=20, lr=.05, lr_min=.005)
@@ -55,7 +55,7 @@ def test_all_training_images_are_judged_once_in_the_order_of_their_names(folded,
     assert e.files == sorted(f.relative_to(colours).as_posix() for f in image_files(colours) if f.parent.parent.name=='train')
     assert [e.classes[t] for t in e.targs] == [f.split('/')[1] for f in e.files]
     table = read_triage(folded)
-    assert len(table) == 160 and list(table) == COLUMNS and set(table.verdict) <= {*VERDICTS, ''}
+    assert len(table) == 160 and list(table) == _COLUMNS and set(table.verdict) <= {*VERDICTS, ''}
     assert json.loads((folded/'triage.json').read_text())['images_of'] == 'train'
 
 def test_a_killed_fold_is_trained_again_and_the_others_are_not(folded, quick, tmp_path):

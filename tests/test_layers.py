@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cifar_cam.cam import all_cams, cam_maps
 from cifar_cam.core import InputError
 from cifar_cam.forward import LayerTrace, MapGrid, find_logits, trace_layers, untouched
-from cifar_cam.models import layer_table
+from cifar_cam.layers import layer_candidates
 from cifar_cam.layers import cam_layer
 
 tv = torchvision.models
@@ -231,11 +231,11 @@ def test_what_has_no_map_is_refused_in_one_line(make):
 
 def test_the_table_says_what_became_of_each_layer():
     m = nn.Sequential(Scaled(), resnet())
-    t = layer_table(m, size=(96, 96)).set_index('layer').role
+    t = layer_candidates(m, size=(96, 96)).set_index('layer').role
     assert t['1.layer3'] == 'the layer' and t['1.layer4'] == 'too small' and t['1.fc'] == 'no map'
     assert {t['0'], t['1.conv1'], t['1.maxpool']} == {'before the first block'}
     vit = tv.VisionTransformer(32, 4, 2, 2, 16, 32)
-    t = layer_table(vit).set_index('layer')
+    t = layer_candidates(vit).set_index('layer')
     assert t.lies['encoder.layers.encoder_layer_1.ln_1'] == 'tokens, 1 in front' and t['map']['encoder.layers.encoder_layer_1.ln_1'] == '8×8'
 
 

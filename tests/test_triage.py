@@ -14,7 +14,7 @@ from cifar_cam.core import InputError
 from cifar_cam.interpret import CamInterpretation
 from cifar_cam.learner import cifar_learner
 from cifar_cam.loaders import cifar_dls
-from cifar_cam.tables import COLUMNS
+from cifar_cam.tables import _COLUMNS
 from cifar_cam.triage import (LABEL_SCORES, VERDICTS, Evidence, ambiguity_scores, check_evidence, classifier_of,
                               compare_scores, copied, doubtful_set, find_copies, flip_labels, label_scores,
                               load_evidence, look, measure_score, neighbour_votes, pooled_probs, precision_at,
@@ -216,7 +216,7 @@ def test_each_verdict_has_its_case():
 def test_every_image_has_one_row_and_every_row_every_score():
     e = made(noise=3)
     table = triage_table([e])
-    assert list(table) == COLUMNS and sorted(table.file) == sorted(e.files)
+    assert list(table) == _COLUMNS and sorted(table.file) == sorted(e.files)
     assert table[['label_score', 'ambiguity_score']].map(lambda v: 0 <= v <= 1).all(None)
     assert set(table.verdict) <= {*VERDICTS, ''}
     mistakes = table.predicted != table.label
