@@ -20,7 +20,7 @@ class _Attentions(TorchDispatchMode):
     "While on, keeps every softmax over as many columns as rows, N×L×L: the mean over its heads"
     def __init__(self, n):
         super().__init__()
-        self.n,self.found,self.odd = n,[],[] # images; matrices; shapes of those that are not square, or not of the whole image
+        self.n,self.found,self.odd = n,[],[] # images; matrices; shapes of those not square, or not of the whole image
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.__name__.split('.')[0] in ('_softmax', '_safe_softmax') and out.ndim > 2: self.keep(out)
@@ -35,11 +35,13 @@ def attention_matrices(
     model:nn.Module, # unwrapped
     x:torch.Tensor, # images as the model takes them: N×C×H×W
 ) -> tuple: # (list of N×L×L, one for each block; what the model gave)
-    "The attention of every block, averaged over its heads. Raises InputError where tokens do not attend to the whole image"
+    "The attention of every block, averaged over heads. Raises InputError where tokens do not attend to the whole image"
     with untouched(model), sdpa_kernel(SDPBackend.MATH), _Attentions(len(x)) as caught: out = model(x)
-    if not caught.found and not caught.odd: raise InputError("the network has no attention: rollout is for transformers; choose another method")
+    if not caught.found and not caught.odd:
+        raise InputError("the network has no attention: rollout is for transformers; choose another method")
     if caught.odd or len({a.shape for a in caught.found}) > 1:
-        raise InputError("rollout needs attention among the same tokens in every block; here it stays within windows, or their number changes: "
+        raise InputError("rollout needs attention among the same tokens in every block; "
+                         "here it stays within windows, or their number changes: "
                          "choose another method")
     return caught.found,out
 

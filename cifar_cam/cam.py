@@ -22,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import attention_rollout
 from .core import InputError
-from .forward import as_input, find_logits, main_tensor, shape_grids, swap_tensor, trace_layers, untouched, unwrap
+from .forward import as_input, find_logits, main_tensor, shape_grids, swap_tensor
+from .forward import trace_layers, untouched, unwrap
 from .layers import cam_layer, find_layer, map_sizes
 from .targets import are_functions, ask_about, class_indices, two_sided
 
@@ -33,12 +34,14 @@ def head_leaf(
     grad:bool=True, # follow the head's operations? a method without gradients needs the activations only
     run:int=None, # which of the layer's runs in a pass; None: every one
 ):
-    "While open, a pass through `layer` adds its output to the list this gives: cut off from the body, as a float32 leaf"
+    "While open, a pass through `layer` adds its output to the list this gives: cut off from the body, a float32 leaf"
     leaves,runs = [],iter(range(1, 2**31))
     def cut(module, args, out):
         if run not in (None, next(runs)): return
         t = out if torch.is_tensor(out) else main_tensor(out)
-        if t is None: raise InputError(f"layer {type(module).__name__} gives a {type(out).__name__}: a CAM needs a layer that gives N×C×H×W")
+        if t is None:
+            raise InputError(f"layer {type(module).__name__} gives a {type(out).__name__}: "
+                             f"a CAM needs a layer that gives N×C×H×W")
         leaves.append(t.detach().float().requires_grad_(grad))
         if grad: torch.set_grad_enabled(True)
         return swap_tensor(out, leaves[-1].to(t.dtype, copy=True))
@@ -47,8 +50,9 @@ def head_leaf(
     finally: handle.remove()
 
 # %% ../nbs/12_cam.ipynb #54d15c39
-METHODS = {'gradcam':'GradCAM', 'hirescam':'HiResCAM', 'gradcam++':'GradCAMPlusPlus', 'xgradcam':'XGradCAM', 'layercam':'LayerCAM',
-           'eigencam':'EigenCAM', 'eigengradcam':'EigenGradCAM', 'elementwise':'GradCAMElementWise', 'kpca':'KPCA_CAM', 'fem':'FEM',
+METHODS = {'gradcam':'GradCAM', 'hirescam':'HiResCAM', 'gradcam++':'GradCAMPlusPlus', 'xgradcam':'XGradCAM',
+           'layercam':'LayerCAM', 'eigencam':'EigenCAM', 'eigengradcam':'EigenGradCAM',
+           'elementwise':'GradCAMElementWise', 'kpca':'KPCA_CAM', 'fem':'FEM',
            'fullgrad':'FullGrad', 'scorecam':'ScoreCAM', 'ablationcam':'AblationCAM', 'shapleycam':'ShapleyCAM',
            'finercam':'FinerCAM', 'refinecam':'RefineCAM', 'randomcam':'RandomCAM', 'segeigencam':'SegEigenCAM'}
 
@@ -57,7 +61,7 @@ def _plain(name): return str(name).lower().replace('_', '').replace('-', '')
 def cam_method(
     method:str, # a key of `METHODS`, the library's class name or 'rollout', in any case
 ) -> tuple: # (key of `METHODS`, the library's class); for attention rollout ('rollout', `attention_rollout`)
-    "A method of pytorch-grad-cam by name, or attention rollout. Raises InputError that lists those the installed version has"
+    "A method by name. Raises InputError that lists those the installed pytorch-grad-cam has"
     import pytorch_grad_cam as lib
     if _plain(method) in ('rollout', 'attentionrollout'): return 'rollout',attention_rollout
     for key,cls in METHODS.items():
@@ -111,19 +115,24 @@ class _Float32(nn.Module):
 def _head_pass(net, x, layer, run, ask, needs_grad, twice=False):
     "Activations, gradients (or None), logits and targets of one pass through `layer`"
     kind,grads = f'the {type(layer).__name__} given as layer',None
-    # A network may run its body under `no_grad`: at its end what held outside comes back. The body gets no graph either way,
-    # since nothing in it wants a gradient. A checkpoint runs its part again in the backward pass: the leaf must stay in it
+    # A network may run its body under `no_grad`: at its end what held outside comes back. The body gets no graph
+    # either way, since nothing in it wants a gradient. A checkpoint runs its part again in the backward pass: the
+    # leaf must stay in it
     plain = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext() # fused attention has no second derivative
     with head_leaf(layer, needs_grad, run) as leaves, torch.set_grad_enabled(needs_grad), plain:
         logits = net(x)
-        if len(leaves) != 1: raise InputError(f"{kind} runs {len(leaves)} times in a pass: choose one that runs once, or one of its runs")
+        if len(leaves) != 1:
+            raise InputError(f"{kind} runs {len(leaves)} times in a pass: choose one that runs once, "
+                             f"or one of its runs")
         leaf, = leaves
         targets,score = ask(logits.detach())
         if not needs_grad: return leaf,None,logits,targets
         with torch.enable_grad():
-            if logits.requires_grad: grads, = torch.autograd.grad(score(logits), leaf, create_graph=twice, allow_unused=True)
-    if grads is None: raise InputError(f"the logits do not depend on {kind}: choose another")
-    if twice and not grads.requires_grad: grads.requires_grad_() # a linear head: the second derivative is zero, not an error
+            if logits.requires_grad:
+                grads, = torch.autograd.grad(score(logits), leaf, create_graph=twice, allow_unused=True)
+    if grads is None:
+        raise InputError(f"the logits do not depend on {kind}: choose another")
+    if twice and not grads.requires_grad: grads.requires_grad_() # a linear head: the second derivative is zero
     return leaf,grads,logits.detach(),targets
 
 # %% ../nbs/12_cam.ipynb #9b1a11c5
@@ -138,7 +147,8 @@ def _check_places(model, x, name, grid, grads, min_px, output):
     "Raises InputError where only tokens that are no place have a gradient"
     if grads is None or not grid.extra or grid.to_map(grads).count_nonzero() or not grads.count_nonzero(): return
     better = cam_layer(model, min_px=min_px, x=x[:1], output=output)[0]
-    raise InputError(f"behind layer {name!r} the network reads only tokens that are no place of the image, such as the class token: "
+    raise InputError(f"behind layer {name!r} the network reads only tokens that are no place of the image, "
+                     f"such as the class token: "
                      f"the map would be empty; pass layer={better!r}")
 
 # %% ../nbs/12_cam.ipynb #f91ea172
@@ -152,7 +162,8 @@ def _library_cam(net, key, cls, batch_size, options):
     return cls(net, [], **options)
 
 def _save_copy(cam, module, args, out):
-    if not torch.is_tensor(out): raise InputError(f"ablationcam needs a layer that gives one tensor, not a {type(out).__name__}")
+    if not torch.is_tensor(out):
+        raise InputError(f"ablationcam needs a layer that gives one tensor, not a {type(out).__name__}")
     cam.activations = out.clone() # the next layer may write into it
 
 def _ablate_channels(cam, leaf, acts):
@@ -166,7 +177,8 @@ def _ablate_channels(cam, leaf, acts):
 def _made_map(to_map, n, t):
     m = to_map(t)
     if torch.is_tensor(m) and m.ndim == 4 and len(m) == n: return m
-    raise InputError(f"reshape gives {tuple(m.shape) if torch.is_tensor(m) else type(m).__name__} of {tuple(t.shape)}: it must give N×C×H×W")
+    raise InputError(f"reshape gives {tuple(m.shape) if torch.is_tensor(m) else type(m).__name__} of "
+                     f"{tuple(t.shape)}: it must give N×C×H×W")
 
 # %% ../nbs/12_cam.ipynb #e1ab97eb
 class _Question(NamedTuple):
@@ -181,25 +193,30 @@ class _Question(NamedTuple):
 def _layer_maps(model, q, key, cls, name, eigen_smooth=False, batch_size=64, **options):
     "Signed maps N×h×w and logits, for the methods that look at one layer"
     path,_,run = name.partition(':')
-    if run and key == 'ablationcam': raise InputError(f"ablationcam takes a layer that runs once, not {name!r}: choose another method or layer")
+    if run and key == 'ablationcam':
+        raise InputError(f"ablationcam takes a layer that runs once, not {name!r}: choose another method or layer")
     x,layer,cam = q.x,model.get_submodule(path),_library_cam(q.net, key, cls, batch_size, options)
-    leaf,grads,logits,targets = _head_pass(q.net, x, layer, int(run) if run else None, q.ask, cam.uses_gradients, twice=not cam.detach)
+    run = int(run) if run else None
+    leaf,grads,logits,targets = _head_pass(q.net, x, layer, run, q.ask, cam.uses_gradients, not cam.detach)
     if not q.reshape: grid = _grid_of(model, x, name, leaf.shape, q.output, q.min_px)
     if not q.reshape: _check_places(model, x, name, grid, grads, q.min_px, q.output)
     to_map = partial(_made_map, q.reshape or grid.to_map, len(x))
-    acts = to_map(leaf)
+    acts,at = to_map(leaf),None if grads is None else to_map(grads)
     if key == 'shapleycam': maps = _shapley_image(cam, x, layer, targets, leaf, grads, to_map, eigen_smooth)
-    else: maps = _images_of(cam, key, x, layer, targets, leaf, acts, None if grads is None else to_map(grads), eigen_smooth)
+    else: maps = _images_of(cam, key, x, layer, targets, leaf, acts, at, eigen_smooth)
     lost = ~acts.detach().flatten(1).isfinite().all(1) # the library puts 0 for NaN in some methods: a map of nothing
     return maps.masked_fill(lost[:, None, None], torch.nan),logits
 
 def _images_of(cam, key, x, layer, targets, leaf, acts, grads, eigen_smooth):
     "The library's signed maps, ScoreCAM's a few at a time"
     if key == 'ablationcam': _ablate_channels(cam, leaf, acts)
-    quiet = redirect_stderr(io.StringIO()) if key in ('scorecam', 'ablationcam') else nullcontext() # their progress bars
-    step = max(1, 2**25//(acts.shape[1]*x[0].numel())) if key == 'scorecam' else len(x) # an image for each channel: 128 MB at most
-    part = [slice(i, i + step) for i in range(0, len(x), step)]
-    with quiet: maps = [_cam_image(cam, key, x[s], layer, targets[s], acts[s], None if grads is None else grads[s], eigen_smooth) for s in part]
+    step,maps = len(x),[]
+    if key == 'scorecam': step = max(1, 2**25//(acts.shape[1]*x[0].numel())) # an image for each channel: 128 MB at most
+    with redirect_stderr(io.StringIO()) if key in ('scorecam', 'ablationcam') else nullcontext(): # their progress bars
+        for i in range(0, len(x), step):
+            s = slice(i, i + step)
+            at = None if grads is None else grads[s]
+            maps.append(_cam_image(cam, key, x[s], layer, targets[s], acts[s], at, eigen_smooth))
     return torch.cat(maps)
 
 # %% ../nbs/12_cam.ipynb #75ee4ce9
@@ -209,7 +226,8 @@ def _fullgrad_maps(model, q, cls, batch_size=16, **kwargs):
     with torch.no_grad(): logits = q.net(x)
     targets,_ = q.ask(logits)
     if any(isinstance(m, nn.LayerNorm) for m in model.modules()):
-        raise InputError("fullgrad counts the biases of convolutions and batch norms only, and this network has layer norms: choose another method")
+        raise InputError("fullgrad counts the biases of convolutions and batch norms only, "
+                         "and this network has layer norms: choose another method")
     half = any(p.dtype != torch.float32 for p in model.parameters())
     cam = cls(_Float32(deepcopy(model).float() if half else model, q.output, q.net.anything), [], **kwargs)
     cam.aggregate_multi_layers = _sum_layers
@@ -245,7 +263,7 @@ def scale_maps(
     raw:torch.Tensor, # signed maps: N×h×w
     size:tuple, # height and width of the result
 ) -> tuple: # (maps N×H×W in [0,1], N booleans: blank)
-    "The library's scaling: ReLU, [0,1], bilinear, [0,1]. A map that is NaN or, after the ReLU, constant is zeros, and blank"
+    "The library's scaling: ReLU, [0,1], bilinear, [0,1]. A map that is NaN or constant after the ReLU is zeros: blank"
     m,blank = _resized(raw, size)
     return _minmax(m),blank
 
@@ -262,7 +280,7 @@ def _mean_signed(raws):
     "The mean of several layers' signed maps at the finest one's size, each divided by its largest absolute value"
     size = max((tuple(r.shape[1:]) for r in raws), key=lambda s: s[0]*s[1])
     unit = [r/r.abs().amax((1, 2), keepdim=True).clamp(min=1e-12) for r in raws]
-    return torch.stack([F.interpolate(u[:, None], size, mode='bilinear', align_corners=False)[:, 0] for u in unit]).mean(0)
+    return torch.cat([F.interpolate(u[:, None], size, mode='bilinear', align_corners=False) for u in unit], 1).mean(1)
 
 # %% ../nbs/12_cam.ipynb #48794b88
 class CamMaps(NamedTuple):
@@ -273,20 +291,25 @@ class CamMaps(NamedTuple):
 
 def _images(model, xb):
     "`xb` as `model` takes it. Raises InputError for what is not a batch of normalised images"
-    if not torch.is_tensor(xb): raise InputError(f"xb is a {type(xb).__name__}: pass a tensor N×C×H×W")
-    if xb.ndim != 4 or not len(xb): raise InputError(f"xb has shape {tuple(xb.shape)}: pass N×C×H×W; for one image x, x[None]")
-    if not xb.is_floating_point(): raise InputError(f"xb is {xb.dtype}: pass normalised images, as the model was trained on")
+    if not torch.is_tensor(xb):
+        raise InputError(f"xb is a {type(xb).__name__}: pass a tensor N×C×H×W")
+    if xb.ndim != 4 or not len(xb):
+        raise InputError(f"xb has shape {tuple(xb.shape)}: pass N×C×H×W; for one image x, x[None]")
+    if not xb.is_floating_point():
+        raise InputError(f"xb is {xb.dtype}: pass normalised images, as the model was trained on")
     with torch.inference_mode(False): return as_input(model, xb.clone() if xb.is_inference() else xb)
 
 # %% ../nbs/12_cam.ipynb #21e22ec6
 def _check_options(key, cls, given):
     "Raises TypeError for an option that the method does not have"
-    own = set(signature(cls).parameters) - {'x', 'output', 'self', 'model', 'target_layers', 'reshape_transform', 'kwargs'}
+    ours = {'x', 'output', 'self', 'model', 'target_layers', 'reshape_transform', 'kwargs'}
+    own = set(signature(cls).parameters) - ours
     if key == 'finercam': own |= {'alpha', 'comparison_categories'}
     if key in ('scorecam', 'ablationcam', 'fullgrad'): own.add('batch_size')
     if key not in ('fullgrad', 'refinecam', 'rollout'): own.add('eigen_smooth')
     bad,there = (', '.join(sorted(s)) for s in (set(given) - own, own))
-    if bad: raise TypeError(f"{key} has no option {bad}: its options are {there or 'none'}")
+    if bad:
+        raise TypeError(f"{key} has no option {bad}: its options are {there or 'none'}")
 
 def _target_layers(model, x, key, layer, min_px, output):
     "The names of the target layers: one, unless the user names several, branches meet late, or RefineCAM asks for more"
@@ -302,16 +325,16 @@ def cam_maps(
     xb:torch.Tensor, # normalised images: N×C×H×W
     method:str='hirescam', # a key of `METHODS`, in any case
     layer:str|nn.Module|list='auto', # target layer, or several: see `cam_layer`; FullGrad takes all and ignores it
-    targets=None, # the class asked about, default the predicted one: see `target_pair`; or a function of an image's output
+    targets=None, # the class asked about, default the predicted one: see `target_pair`; or a function of an output
     vocab:list=None, # class names; needed where `targets` has names
     raw:bool=False, # signed maps at the layer's resolution, in place of [0,1] at the images'
     min_px:int=5, # smallest side of a map that is of use: see `cam_layer`
     output=None, # picks the logits from what the model gives: see `find_logits`
-    reshape:Callable=None, # the layer's output → N×C×H×W, where its layout cannot be found: the library's `reshape_transform`
+    reshape:Callable=None, # the layer's output → N×C×H×W, where its layout is not found: as `reshape_transform`
     aug_smooth:bool=False, # the mean over flips and brightness, as in the library: six times the cost
     **kwargs, # the library's own options of the method; `batch_size` of those that run the network several times
 ) -> CamMaps: # maps, preds, blank
-    "Class activation maps. Raises InputError for an unknown method, layer or target, and for a layer whose map is too small"
+    "Class activation maps. Raises InputError for an unknown method, layer or target, and for a map that is too small"
     (key,cls),model = cam_method(method),unwrap(model)
     _check_options(key, cls, kwargs)
     asked = dict(method=method, layer=layer, vocab=vocab, raw=raw, min_px=min_px, output=output, reshape=reshape)
@@ -325,7 +348,9 @@ def cam_maps(
         q = _Question(net, x, ask_about(targets, vocab, finer), min_px, output, reshape)
         if key == 'rollout': found = [attention_rollout(model, x, output)]
         elif key == 'fullgrad': found = [_fullgrad_maps(model, q, cls, **kwargs)]
-        else: found = [_layer_maps(model, q, core, base, n, **kwargs) for n in _target_layers(model, x, key, layer, min_px, output)]
+        else:
+            names = _target_layers(model, x, key, layer, min_px, output)
+            found = [_layer_maps(model, q, core, base, n, **kwargs) for n in names]
         if key == 'refinecam': found = [_refine_maps(cls, found, x.shape[-2:])]
     preds = found[-1][1]
     return _finished([m for m,_ in found], preds[:, -1:] if net.one else preds, x.shape[-2:], raw)
@@ -339,8 +364,9 @@ def _finished(raws, preds, size, raw):
 def _smoothed(model, x, targets, **asked):
     "The mean of the maps over two flips and three factors"
     plain = cam_maps(model, x, targets=targets, **asked)
-    def fixed(t): return class_indices(t, two_sided(plain.preds)) if t is None or isinstance(t, str) and t in relative else t
-    relative = 'predicted','runner-up'
+    def fixed(t):
+        relative = t is None or isinstance(t, str) and t in ('predicted', 'runner-up')
+        return class_indices(t, two_sided(plain.preds)) if relative else t
     targets = tuple(map(fixed, targets)) if isinstance(targets, tuple) else fixed(targets)
     maps,blank = [],[]
     for flip in False, True:
@@ -356,10 +382,13 @@ def _each(targets): return isinstance(targets, (list, np.ndarray, torch.Tensor))
 def _share(t, yb, start, n):
     "The part of one question for the images `start` to `start`+`n`. Raises InputError where it ends too early"
     if isinstance(t, str) and t == 'true':
-        if not yb: raise InputError("the loader has no labels for 'true': make it by test_dl(..., with_labels=True)")
+        if not yb:
+            raise InputError("the loader has no labels for 'true': make it by test_dl(..., with_labels=True)")
         return yb[0]
     if not _each(t): return t
-    if len(t) < start + n: raise InputError(f"{len(t)} targets for a loader of {start + n} images or more: pass one for each image, or one for all")
+    if len(t) < start + n:
+        raise InputError(f"{len(t)} targets for a loader of {start + n} images or more: pass one for each image, "
+                         f"or one for all")
     return t[start:start + n]
 
 def all_cams(
@@ -372,12 +401,14 @@ def all_cams(
     progress:bool=True, # show a bar
     **kwargs, # as for `cam_maps`
 ) -> Iterator: # a `CamMaps` for each batch
-    "The class activation maps of a loader's images, batch by batch in bounded memory. Raises InputError as `cam_maps` does"
+    "The maps of a loader's images, batch by batch in bounded memory. Raises InputError as `cam_maps` does"
     asked,start = targets if isinstance(targets, tuple) else (targets,),0
     for b in (progress_bar(dl, leave=False) if progress else dl):
         xb,*yb = b if isinstance(b, (tuple, list)) else [b]
         shares = tuple(_share(t, yb, start, len(xb)) for t in asked)
-        yield cam_maps(model, xb, method, layer, shares if isinstance(targets, tuple) else shares[0], min_px=min_px, **kwargs)
+        share = shares if isinstance(targets, tuple) else shares[0]
+        yield cam_maps(model, xb, method, layer, share, min_px=min_px, **kwargs)
         start += len(xb)
     for t in asked:
-        if _each(t) and len(t) != start: raise InputError(f"{len(t)} targets for {start} images of the loader: pass one for each")
+        if _each(t) and len(t) != start:
+            raise InputError(f"{len(t)} targets for {start} images of the loader: pass one for each")

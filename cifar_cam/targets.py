@@ -20,17 +20,23 @@ def _unknown(t, names):
     "What to choose instead of class `t`: all names of a few, else those nearest to it"
     if len(names) <= 20: return f"choose one of {', '.join(names)}"
     lower = {n.lower(): n for n in names}
-    near = [lower[n] for n in get_close_matches(t.lower(), lower, 5, 0.5)] or [n for n in names if t.lower() in n.lower()][:5]
-    return f"the nearest of {len(names):,} are {', '.join(near)}" if near else f"none of {len(names):,} names is like it, of which the first is {names[0]}"
+    near = [lower[n] for n in get_close_matches(t.lower(), lower, 5, 0.5)]
+    near = near or [n for n in names if t.lower() in n.lower()][:5]
+    if near: return f"the nearest of {len(names):,} are {', '.join(near)}"
+    return f"none of {len(names):,} names is like it; the first is {names[0]}"
 
 def _index(t, n, vocab):
     "The index of class `t`, a name of `vocab` or an index below `n`"
     if isinstance(t, str):
-        if vocab is None: raise InputError(f"target {t!r} is a name: pass vocab, the list of the class names")
-        if t not in (names := [str(o) for o in vocab]): raise InputError(f"unknown class {t!r}: {_unknown(t, names)}")
+        if vocab is None:
+            raise InputError(f"target {t!r} is a name: pass vocab, the list of the class names")
+        if t not in (names := [str(o) for o in vocab]):
+            raise InputError(f"unknown class {t!r}: {_unknown(t, names)}")
         t = names.index(t)
-    if isinstance(t, bool) or not hasattr(t, '__index__'): raise InputError(f"target {t!r} is neither a class name nor an index")
-    if not 0 <= (i := operator.index(t)) < n: raise InputError(f"class {i} is out of range: the model's classes are 0 to {n-1}")
+    if isinstance(t, bool) or not hasattr(t, '__index__'):
+        raise InputError(f"target {t!r} is neither a class name nor an index")
+    if not 0 <= (i := operator.index(t)) < n:
+        raise InputError(f"class {i} is out of range: the model's classes are 0 to {n-1}")
     return i
 
 # %% ../nbs/11_targets.ipynb #61419053
@@ -43,12 +49,14 @@ def class_indices(
     N,C = logits.shape
     if targets is None or isinstance(targets, str) and targets=='predicted': return logits.argmax(1)
     if isinstance(targets, str) and targets=='runner-up':
-        if C < 2: raise InputError("'runner-up' needs a model with two classes or more")
+        if C < 2:
+            raise InputError("'runner-up' needs a model with two classes or more")
         return logits.topk(2).indices[:, 1]
     if hasattr(targets, 'tolist'): targets = targets.tolist()
     one = isinstance(targets, (str, int)) or not isinstance(targets, Iterable)
     idxs = [_index(t, C, vocab) for t in ([targets]*N if one else targets)]
-    if len(idxs) != N: raise InputError(f"{len(idxs)} targets for {N} images: pass one class for each image, or one for all")
+    if len(idxs) != N:
+        raise InputError(f"{len(idxs)} targets for {N} images: pass one class for each image, or one for all")
     return torch.tensor(idxs, dtype=torch.long, device=logits.device)
 
 # %% ../nbs/11_targets.ipynb #dc1b9122
@@ -91,7 +99,8 @@ def _finer_targets(logits, a, b, alpha=1, comparison_categories=(1,2,3)):
     if b is not None: return [FinerWeightedTarget(i, [j], alpha) for i,j in zip(a.tolist(), b.tolist())]
     gap = (logits - logits.gather(1, a[:, None])).abs().scatter(1, a[:, None], -1)
     order = gap.argsort(dim=1, stable=True).tolist()
-    return [FinerWeightedTarget(i, [o[r] for r in comparison_categories if r < len(o)], alpha) for i,o in zip(a.tolist(), order)]
+    others = [[o[r] for r in comparison_categories if r < len(o)] for o in order]
+    return [FinerWeightedTarget(i, o, alpha) for i,o in zip(a.tolist(), others)]
 
 # %% ../nbs/11_targets.ipynb #be31b38c
 def are_functions(
@@ -110,7 +119,8 @@ def ask_about(
     "The question, to be put once the logits are known. Raises InputError, then, for one that cannot be"
     def of_functions(out):
         ts = [targets]*len(out) if callable(targets) else list(targets)
-        if len(ts) != len(out): raise InputError(f"{len(ts)} targets for {len(out)} images: pass one for each image, or one for all")
+        if len(ts) != len(out):
+            raise InputError(f"{len(ts)} targets for {len(out)} images: pass one for each image, or one for all")
         return ts,partial(_total, ts)
     def of_classes(logits):
         a,b = target_pair(targets, logits, _names(vocab, logits))
@@ -120,5 +130,6 @@ def ask_about(
         def score(out): return (out.gather(1, a[:, None]) - (0 if b is None else out.gather(1, b[:, None]))).sum()
         return _plain_targets(a, b),score
     if not are_functions(targets): return of_classes
-    if finer is not None: raise InputError("finercam compares classes: pass class names or indices as targets")
+    if finer is not None:
+        raise InputError("finercam compares classes: pass class names or indices as targets")
     return of_functions
