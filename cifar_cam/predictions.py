@@ -253,7 +253,7 @@ def indices(self:Predictions,
     k:int=None, # at most so many; None: all
 ) -> list: # places in the data set
     """The images of a gallery. 'misclassified' and 'top_losses': highest loss first; 'correct': lowest loss first, the
-    classes in turn; equal losses in the data set's order. Raises InputError for another word or an index out of range"""
+    classes in turn; equal losses in the set's order. Raises InputError for another word or an index out of range"""
     if k is not None and k < 1: raise InputError(f'k={k}: choose at least one image')
     if not isinstance(which, str): return self._given(np.asarray(which))[:k]
     down,wrong = self.losses.argsort(descending=True, stable=True),self.preds != self.targs
