@@ -63,7 +63,7 @@ def compare_logits(
     other = (ours.argmax(1)!=theirs.argmax(1)) & (first - second > 2*atol)
     return dict(difference=difference, other_classes=int(other.sum()), agree=difference <= atol and not other.any())
 
-# %% ../nbs/25_export.ipynb #87c7ce3c
+# %% ../nbs/25_export.ipynb #d2d61797
 def exported_logits(
     path:str|Path, # an .onnx or .pt2 file
     images:torch.Tensor, # N×3×H×W, uint8; divided by 255 for a file that takes floats
@@ -88,7 +88,8 @@ def _opened_onnx(path):
     ort = _need('onnxruntime')
     session = ort.InferenceSession(path.read_bytes(), providers=['CPUExecutionProvider'])
     given = session.get_inputs()[0]
-    ask = lambda x: torch.from_numpy(session.run(None, {given.name: x.numpy()})[0])
+    def ask(x):
+        return torch.from_numpy(session.run(None, {given.name: x.numpy()})[0])
     return ask,'float' in given.type
 
 def _opened_program(path):

@@ -160,12 +160,13 @@ def plot_top_losses(self:CamInterpretation,
     idxs,(drawing,options,target) = self._ranked(k, largest),_options(kwargs)
     if not idxs: return message_figure(self._none(idxs), figsize, dpi)
     images,each,(rows,cols) = self.images(idxs),1 + heatmap,_grid(len(idxs), nrows, ncols, 5)
-    p = Panels(rows, each*cols, 2, 'prediction and its probability; actual class, loss', heatmap, 1.4 - .45*heatmap, plain,
-               figsize, dpi, group=each, aspect=_aspect(images))
+    head = 'prediction and its probability; actual class, loss'
+    p = Panels(rows, each*cols, 2, head, heatmap, 1.4 - .45*heatmap, plain, figsize, dpi, group=each, aspect=_aspect(images))
     panels = p.axs.reshape(-1, each)
     for axs,image in zip(panels, images): draw_image(axs[0], image, **({} if heatmap else drawing))
     names = self._names
-    p.titles(panels[:, 0], [[self._sure(i), (f'{names[self.targs[i]]}, {self._loss(i)}', 'actual')] for i in idxs], each)
+    lines = [[self._sure(i), (f'{names[self.targs[i]]}, {self._loss(i)}', 'actual')] for i in idxs]
+    p.titles(panels[:, 0], lines, each)
     if heatmap:
         for axs,*drawn in zip(panels, images, *self.cams(idxs, **options)): draw_cam(axs[1], *drawn, **drawing)
         _heat_bar(p, f'CAM of {_whose(target)}', drawing)
@@ -251,7 +252,7 @@ def _class_grid(self:CamInterpretation, which, groups, classes, maps, plain, fig
     for ax,*drawn in zip(panels, images, *(maps(idxs) if maps else ())): draw(ax, *drawn, **drawing)
     for ax in p.axs.flat:
         if not ax.images: draw_image(ax, np.broadcast_to(_empty, (*images.shape[1:3], 3)))
-    def over(i): return self._sure(i) if self._wrong(i) else (short_number(self.probs[i, self.preds[i]].item()), 'actual')
+    def over(i): return self._sure(i) if self._wrong(i) else (short_number(float(self.probs[i].max())), 'actual')
     p.titles(panels, [[over(i)] for i in idxs])
     if maps: _heat_bar(p, f'CAM of {whose}', drawing)
     return p.fig

@@ -161,8 +161,8 @@ def plot_network(
     ax.axis('off')
     kinds = [k for k in _FILLS if any(b[1]==k for b in boxes)]
     squares = [plt.Rectangle((0, 0), 1, 1, fc=_FILLS[k]) for k in kinds]
-    fig.legend(squares, [_NAMES[k] for k in kinds], loc='outside lower left', ncols=len(kinds), fontsize=8, frameon=False,
-               handlelength=1)
+    fig.legend(squares, [_NAMES[k] for k in kinds], loc='outside lower left', ncols=len(kinds), fontsize=8,
+               frameon=False, handlelength=1)
     total = f'{type(model).__name__}: {count_parameters(model):,} trained parameters'
     title = f'{total}; over each stage its output, beneath it its parameters'
     ax.set_title(title, fontsize=9, loc='left', color='0.3')
@@ -177,7 +177,8 @@ def _draw_skip(ax, x, w, h):
 def _name_stage(ax, stage, x, tall, boxes, count):
     blocks,shape = sum(b[1]=='block' for b in boxes),boxes[-1][2]
     words = f'{stage}: {blocks} block{"s"*(blocks > 1)}' if blocks else stage
-    ax.text(x, tall/2 + 1.1, f'{words}\n{"×".join(map(str, shape))}', ha='center', va='bottom', fontsize=8, linespacing=1.15)
+    size = '×'.join(map(str, shape))
+    ax.text(x, tall/2 + 1.1, f'{words}\n{size}', ha='center', va='bottom', fontsize=8, linespacing=1.15)
     ax.text(x, -tall/2 - .4, f'{count:,}' if count else '', ha='center', va='top', fontsize=7.5, color='0.35')
 
 # %% ../nbs/05_models.ipynb #a3a5dfed

@@ -225,7 +225,7 @@ def _overlay_path(folder, name):
     parts = ['up' if p=='..' else p for p in Path(name).parts if p not in (Path(name).anchor, '.')]
     return Path(folder, *parts[:-1], f'{parts[-1] if parts else "image"}.png')
 
-# %% ../nbs/23_predict.ipynb #1ee6499f
+# %% ../nbs/23_predict.ipynb #1028ee3e
 def predict_images(
     paths:str|Path|list, # see `find_images`
     run:Run|str|Path=None, # a finished run or its folder; None: the network that comes with the package
@@ -240,7 +240,7 @@ def predict_images(
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
     force:bool=False, # write over a table and overlays that are there
 ) -> Path: # of the table
-    "Write a line for each image: its class and probability, the next ones, or why there is none. If stopped, call it again"
+    "Write a line an image: its class and probability, the next ones, or why there is none. If stopped, call it again"
     run,out = finished_run(run),Path(out)
     paths = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     _check_asked(top, bs, out, force)

@@ -176,12 +176,12 @@ def join_sweep(
         raise type(e)(f'go on with `{_resume_command(path)}`') from None
     return sweep
 
-# %% ../nbs/26_sweep.ipynb #e89845de
-_SweptSetting = Annotated[str, {'action':'append', 'metavar':'KEY=VALUE'}]
+# %% ../nbs/26_sweep.ipynb #17397141
+_Swept = Annotated[str, {'action':'append', 'metavar':'KEY=VALUE'}]
 
 def sweep_command(
     recipe:str=None, # a recipe's name (see `cifar-cam recipes`) or a TOML file
-    set:_SweptSetting=None, # a range (lr=0.05..0.8:log), choices (opt=sgd,nesterov) or one value; may be repeated
+    set:_Swept=None, # a range (lr=0.05..0.8:log), choices (opt=sgd,nesterov) or one value; may be repeated
     trials:int=20, # trainings, those that are pruned included
     data:str='cifar10', # cifar10, shapes, or the PATH of a folder or archive
     out:str='runs', # the folder that gets the sweep's folder
