@@ -296,6 +296,7 @@ def test_weights_and_biases_logs_the_same(folder, tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
     monkeypatch.setenv('WANDB_SILENT', 'true')
+    monkeypatch.setenv('WANDB_CONSOLE', 'off')   # else it takes the terminal, and the system stops a test run in the background
     monkeypatch.setattr(Learner, 'gather_args', lambda self: {})   # fastcore's `init_args` trips over numbers in lists, in both learners
     logs = []
     for learn in plain_and_ours(folder, tmp_path):
