@@ -84,7 +84,8 @@ class AlternatingFlip(HorizontalFlip):
 
 # %% ../nbs/03_augment.ipynb #4b28faed
 class Cutout(ImageTransform):
-    """A square hole of `size` pixels, centred anywhere, clipped at the border, filled with the data set's mean (DeVries & Taylor 2017).
+    """A square hole of `size` pixels, centred anywhere, clipped at the border, filled with the data set's mean (DeVries
+    & Taylor 2017).
     Raises InputError for a size below 1"""
     split_idx,order = 0,3
     def __init__(self,
@@ -204,7 +205,8 @@ def albumentations_augment(
     steps = [A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size), A.HorizontalFlip(p=0.5),
              A.Affine(translate_percent=(-.0625, .0625), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5)]
     side,fill = (min(cutout, size),)*2,tuple(round(255*c) for c in mean)
-    hole = A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=side, hole_width_range=side, fill=fill, p=0.5) if cutout else None
+    hole = A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=side, hole_width_range=side, fill=fill,
+                           p=0.5) if cutout else None
     return [Albumentations(A.Compose([*steps, hole] if cutout else steps))]
 
 # %% ../nbs/03_augment.ipynb #03albloa
@@ -216,4 +218,5 @@ def load_albumentations(
     kind = 'yaml' if str(path).endswith(('.yaml', '.yml')) else 'json'
     try: return Albumentations(A.load(path, data_format=kind))
     except Exception as e:  # the library has many errors for a file that is not its own
-        raise InputError(f'{path}: is no pipeline of albumentations ({type(e).__name__}: {e}); write it by A.save') from None
+        raise InputError(f'{path}: is no pipeline of albumentations ({type(e).__name__}: {e}); write it by '
+                         'A.save') from None

@@ -23,7 +23,8 @@ from .tables import is_junk, split_name, table_columns
 class _Dtype:
     "The kind of an array's numbers, as a pickle tells it"
     def __init__(self, code, *_):
-        if not re.fullmatch(r'[uifb][1248]', code := _text(code)): raise pickle.UnpicklingError(f'an array of {code}')
+        if not re.fullmatch(r'[uifb][1248]', code := _text(code)):
+            raise pickle.UnpicklingError(f'an array of {code}')
         self.code,self.order = code,'='
     def __setstate__(self, state): self.order = _text(state[1])
     def read(self, raw): return np.frombuffer(raw, self.order + self.code)
@@ -41,7 +42,8 @@ def _text(o): return o.decode() if isinstance(o, bytes) else o
 def _known_calls():
     "(module, name) → what is called instead; made for each file, so that none can change what the next one calls"
     def encode(text, encoding='latin1'):  # how Python 3 writes bytes for Python 2
-        if encoding != 'latin1': raise pickle.UnpicklingError(f'text in {encoding}')
+        if encoding != 'latin1':
+            raise pickle.UnpicklingError(f'text in {encoding}')
         return text.encode('latin1')
     def array(*_): return _Array()
     def scalar(dtype, raw): return dtype.read(raw)[0]
@@ -62,7 +64,8 @@ class _PlainUnpickler(pickle.Unpickler):
         super().__init__(file, encoding='bytes')
         self.calls = _known_calls()
     def find_class(self, module, name):
-        if (module, name) not in self.calls: raise pickle.UnpicklingError(f'it would call {module}.{name}')
+        if (module, name) not in self.calls:
+            raise pickle.UnpicklingError(f'it would call {module}.{name}')
         return self.calls[module, name]
 
 # %% ../nbs/01c_batches.ipynb #3a522458
@@ -98,7 +101,8 @@ def read_batch(
     "The images of a batch. Raises InputError that names what is wrong in it"
     batch = read_pickle(path)
     for k in 'data', key:
-        if k not in batch: raise InputError(f'{path}: has no {k!r}; fetch it again')
+        if k not in batch:
+            raise InputError(f'{path}: has no {k!r}; fetch it again')
     data,labels = batch['data'],batch[key]
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         raise InputError(f'{path}: its data are no rows of 3,072 bytes; fetch it again')
@@ -119,7 +123,8 @@ def _file_names(names, path):
     "Each as a plain .png name"
     plain = [_file_name(name) for name in names]
     for i,name in enumerate(plain):
-        if not name: raise InputError(f'{path}: the file name of image {i} is {names[i]!r}; fetch it again')
+        if not name:
+            raise InputError(f'{path}: the file name of image {i} is {names[i]!r}; fetch it again')
     if len(set(plain)) < len(plain):
         twin = next(n for n in plain if plain.count(n) > 1)
         raise InputError(f'{path}: the file name {twin} is there twice; fetch it again')
@@ -184,10 +189,12 @@ def write_batches(
     needed = batch_names(path)
     there = [f.name for f in path.iterdir() if f.is_file()]
     for name in needed:
-        if name not in there: raise InputError(f'{path}: the file {name} is missing; fetch it again')
+        if name not in there:
+            raise InputError(f'{path}: the file {name} is missing; fetch it again')
     if odd := sorted(n for n in there if re.fullmatch(r'data_batch_\d+', n) and n not in needed):
         raise InputError(f'{path}: {odd[0]} is no batch of CIFAR-10, which has five; remove it')
-    if labels == 'coarse' and needed is _TEN: raise InputError(f'{path}: CIFAR-10 has no coarse labels')
+    if labels == 'coarse' and needed is _TEN:
+        raise InputError(f'{path}: CIFAR-10 has no coarse labels')
     key = 'label' if needed is _TEN else f'{labels}_label'
     classes = _class_names(path/needed[-1], f'{key}_names')
     folders = _ClassFolders(out, path)
@@ -202,7 +209,8 @@ def _class_names(path, key):
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, (str, bytes)) for n in names):
         raise InputError(f'{path}: holds no {key}; fetch it again')
     names = [n.decode('utf-8', 'replace') if isinstance(n, bytes) else n for n in names]
-    if len(set(names)) < len(names): raise InputError(f'{path}: a class name is there twice; fetch it again')
+    if len(set(names)) < len(names):
+        raise InputError(f'{path}: a class name is there twice; fetch it again')
     return names
 
 # %% ../nbs/01c_batches.ipynb #1b42862a
@@ -285,7 +293,8 @@ def _parquet_row(image, label, names, where, stem):
     if names and not _is_class(label, len(names)):
         raise InputError(f'{where}: the label is {label!r}; it must be a number from 0 to {len(names) - 1}')
     label = str(names[label]) if names else str('' if label is None else label).strip()
-    if not label: raise InputError(f'{where}: has no label')
+    if not label:
+        raise InputError(f'{where}: has no label')
     raw,name = (image.get('bytes'), image.get('path')) if isinstance(image, dict) else (image, None)
     try: kind = Image.open(BytesIO(raw)).format.lower()
     except Exception: raise InputError(f'{where}: holds no image that Pillow knows') from None
@@ -305,7 +314,8 @@ def write_parquet(
         for f in files:
             for i,(label,name,raw) in enumerate(read_parquet(f, labels)):
                 folders.write(split, label, name, f'{f.stem}_{i:05d}', raw)
-    if not folders.written: raise InputError(f'{path}: has no rows')
+    if not folders.written:
+        raise InputError(f'{path}: has no rows')
 
 def _unlabelled(files, labels):
     "Has no image of these a label? Hugging Face writes -1"

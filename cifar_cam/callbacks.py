@@ -100,8 +100,10 @@ def mix_callbacks(
     cutmix:float=0., # CutMix's α; 0 for none, 1 is the paper's value
 ) -> list:
     "fastai's callback for mixed training images, in a list. Raises InputError for a negative α, and for both at once"
-    if mixup < 0 or cutmix < 0: raise InputError(f'mixup={mixup}, cutmix={cutmix}: choose 0 or more')
-    if mixup and cutmix: raise InputError(f'mixup={mixup}, cutmix={cutmix}: choose one of them, and 0 for the other')
+    if mixup < 0 or cutmix < 0:
+        raise InputError(f'mixup={mixup}, cutmix={cutmix}: choose 0 or more')
+    if mixup and cutmix:
+        raise InputError(f'mixup={mixup}, cutmix={cutmix}: choose one of them, and 0 for the other')
     if mixup: return [MixUp(mixup)]
     return [CutMix(cutmix)] if cutmix else []
 
@@ -112,7 +114,8 @@ class WeightAverage(Callback):
     def __init__(self,
         decay:float=.999, # share of the average that a step keeps: .999 looks back about 1,000 steps
     ):
-        if not 0 < decay < 1: raise InputError(f'decay={decay}: choose it between 0 and 1, such as .999')
+        if not 0 < decay < 1:
+            raise InputError(f'decay={decay}: choose it between 0 and 1, such as .999')
         self.decay = decay
         self._begin()
 

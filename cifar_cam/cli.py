@@ -238,7 +238,8 @@ def report(
     print(write_report(runs[0]) if len(runs)==1 else compare_runs(runs, out))
 
 # %% ../nbs/28_cli.ipynb #db738cca
-COMMANDS = dict(demo=demo, recipes=recipes, show=show, train=train, lr_find=lr_find, cam=cam, explain=explain, score=score,
+COMMANDS = dict(demo=demo, recipes=recipes, show=show, train=train, lr_find=lr_find, cam=cam, explain=explain,
+                score=score,
                 report=report, triage=triage_command, crossfit=crossfit_command, sweep=sweep_command,
                 predict=predict_command, validate=validate_command, export=export_command, checks=checks_command)
 _POSITIONAL = dict(train=['recipe'], validate=['run'], export=['run'], sweep=['recipe'], crossfit=['recipe'])

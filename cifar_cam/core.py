@@ -116,7 +116,8 @@ def check_seed(
 # %% ../nbs/00_core.ipynb #00keepra
 @contextmanager
 def keep_random():
-    "Seed and draw inside as you like: outside, the generators of Python, NumPy and PyTorch (CPU, CUDA, MPS) go on as before"
+    """Seed and draw inside as you like: outside, the generators of Python, NumPy and PyTorch (CPU, CUDA, MPS) go on
+    as before"""
     python,numpy,cpu = random.getstate(),np.random.get_state(),torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None

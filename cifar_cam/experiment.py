@@ -167,7 +167,8 @@ def _begin_run(path, r, env, decisions=None):
 def _keep_decisions(decisions, path):
     "A copy in the run's folder, and what `env.json` says of it"
     try: shutil.copy(decisions, path/'decisions.csv')
-    except OSError as e: raise InputError(f'{decisions}: cannot be read ({e.strerror}); name a table of decisions') from None
+    except OSError as e:
+        raise InputError(f'{decisions}: cannot be read ({e.strerror}); name a table of decisions') from None
     return dict(decisions=str(decisions), decisions_checksum=sha256(path/'decisions.csv'))
 
 @contextmanager

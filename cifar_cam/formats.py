@@ -145,7 +145,8 @@ def _extract(archive, folder):
     try: unpack(archive, folder)
     except InputError: raise
     except Exception as e:  # the archives and their decompressors have many errors for a broken file
-        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): raise
+        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
         why = str(e).replace(str(folder), '') or type(e).__name__
         raise InputError(f'{archive}: not a whole, safe archive ({why}); fetch it again') from None
 
@@ -153,7 +154,8 @@ def _inside(form, root):
     "A table in an archive may not name files of the machine"
     table = find_table(root) if form == 'table' else None
     for f in read_table(table).file if table else []:
-        if not f.is_relative_to(table.parent): raise InputError(f'{table}: {f} leads out of the archive')
+        if not f.is_relative_to(table.parent):
+            raise InputError(f'{table}: {f} leads out of the archive')
 
 # %% ../nbs/01d_formats.ipynb #e9430baa
 _WRITERS = dict(batches=write_batches, parquet=write_parquet)

@@ -27,7 +27,8 @@ def _activation(loss_func):
 
 def _yes_or_no(p, said, n):
     "The probabilities and decisions of one output as those of two classes"
-    if n != 2: raise InputError(f'one output for {n} classes: a network of one output tells two classes apart')
+    if n != 2:
+        raise InputError(f'one output for {n} classes: a network of one output tells two classes apart')
     return torch.stack([1 - p, p], 1),(said.flatten() if said.dtype==torch.bool else p > .5).long()
 
 # %% ../nbs/13b_heads.ipynb #13bact2

@@ -47,8 +47,7 @@ class History(Callback):
     def before_epoch(self): self.start,self.rows = time.perf_counter(),self.rows[:self.epoch]
     def after_train(self): self.trained = time.perf_counter() - self.start
     def after_epoch(self):
-        row = dict(epoch=self.epoch + 1, **{k: float(v) for k,v in zip(self.recorder.metric_names[1:-1],
-                                                                       self.recorder.values[-1])})
+        row = dict(epoch=self.epoch + 1, **{k: float(v) for k,v in self.recorder.row.items()})
         if len(self.dls.loaders) > 2:
             logits,targets = predict_loader(self.learn, self.dls[2])
             row['test_accuracy'] = (logits.argmax(1)==targets).double().mean().item()

@@ -68,8 +68,10 @@ def image_table(
     if form == 'table': rows = read_table(root if root.is_file() else find_table(root))
     elif form == 'folders': rows = _rows_of(split_folders(root))
     elif form == 'classes': rows = _rows_of({'': root})
-    else: raise InputError(f'{path}: has no images as files; ask `data_path` where they are')
-    if not len(rows): raise InputError(f'{root}: holds no images in class folders')
+    else:
+        raise InputError(f'{path}: has no images as files; ask `data_path` where they are')
+    if not len(rows):
+        raise InputError(f'{root}: holds no images in class folders')
     rows.attrs |= dict(form=form, root=root)
     return _complete(rows)
 
@@ -120,10 +122,12 @@ def _check_parts(root):
         # a flat test/ has no labels: it is left for `predict`
         if not get_image_files(d, recurse=False):
             raise InputError(f'{root}: no class folders in {d.name}/; remove it, or fill it')
-        if split != 'test': raise InputError(f'{d}: has images, but no class folders')
+        if split != 'test':
+            raise InputError(f'{d}: has images, but no class folders')
     for part in parts.values():
         for c,n in image_counts(part).items():
-            if not n: raise InputError(f'{part/c}: no images in this class')
+            if not n:
+                raise InputError(f'{part/c}: no images in this class')
 
 def _check_classes(root):
     "What a `Learner` saves beside the classes, models/, has files that are no images"
@@ -133,12 +137,14 @@ def _check_classes(root):
 
 def _check_labels(rows, root):
     labels = {split: set(some.label) for split,some in rows.groupby('split')}
-    if 'train' not in labels: raise InputError(f'{root}: has no images to train on')
+    if 'train' not in labels:
+        raise InputError(f'{root}: has no images to train on')
     names = {o: f'{d.name}/' for o,d in split_folders(root).items()} if rows.attrs['form'] == 'folders' else {}
     test = names.get('test', names.get('valid', 'test'))
     odd = sorted(labels['train'] ^ labels['test']) or sorted(labels.get('valid', set()) - labels['train'])
     where = ', '.join(dict.fromkeys([*names.values(), test]))
-    if odd: raise InputError(f'{root}: the class {odd[0]} is not in all of {where}')
+    if odd:
+        raise InputError(f'{root}: the class {odd[0]} is not in all of {where}')
 
 # %% ../nbs/02_images.ipynb #fcb885e3
 def check_cifar(
@@ -152,7 +158,8 @@ def check_cifar(
             raise InputError(f'{path}: the folder {split}/ is missing; CIFAR-10 has train/ and test/')
         part,counts = parts[split],image_counts(parts[split])
         for c in CIFAR10:
-            if c not in counts: raise InputError(f'{part}: the class folder {c}/ is missing; fetch the data again')
+            if c not in counts:
+                raise InputError(f'{part}: the class folder {c}/ is missing; fetch the data again')
             if counts[c] != n:
                 raise InputError(f'{part/c}: {counts[c]:,} images instead of {n:,}; fetch the data again')
         if extra := sorted(counts.keys() - set(CIFAR10)):
@@ -163,8 +170,10 @@ def _check_kaggle(path):
     counts = image_table(path).label.value_counts()
     for c in CIFAR10:
         n = counts.get(c, 0)
-        if n < 5000: raise InputError(f'{path}: {n:,} images of {c} instead of 5,000; fetch the data again')
-    for c in sorted(set(counts.index) - set(CIFAR10)): raise InputError(f'{path}: {c} is no class of CIFAR-10')
+        if n < 5000:
+            raise InputError(f'{path}: {n:,} images of {c} instead of 5,000; fetch the data again')
+    for c in sorted(set(counts.index) - set(CIFAR10)):
+        raise InputError(f'{path}: {c} is no class of CIFAR-10')
     return path
 
 # %% ../nbs/02_images.ipynb #cafde66b
@@ -205,7 +214,8 @@ def _of_form(path, check, labels):
     form,root = find_form(path)
     if form in ('batches', 'parquet'): return converted_images(root, check, labels)
     if labels == 'coarse':
-        if form != 'table': raise InputError(f'{path}: has no coarse labels')
+        if form != 'table':
+            raise InputError(f'{path}: has no coarse labels')
         root = keep_table(root if root.is_file() else find_table(root), labels)
     return check(root)
 
@@ -229,7 +239,8 @@ def data_path(
     labels:str='fine', # which labels, where there are two kinds, as in CIFAR-100: 'fine' or 'coarse'
 ) -> Path: # a folder, or a table
     "Where the images of `data` are, checked; unpacked or converted once. Raises InputError that says what is wrong"
-    if labels not in ('fine', 'coarse'): raise InputError(f"labels={labels!r}: choose 'fine' or 'coarse'")
+    if labels not in ('fine', 'coarse'):
+        raise InputError(f"labels={labels!r}: choose 'fine' or 'coarse'")
     if isinstance(data, pd.DataFrame): return check_folder(keep_table(data, labels))
     if str(data)=='cifar10': return cifar_path()
     if str(data)=='shapes': return shapes_path()
@@ -285,7 +296,8 @@ def get_y(self:ImageSource,
     "The label of `item`. Raises InputError for a file that the table does not have"
     if self.own_y: return self.own_y(item)
     if self.label is None: return parent_label(item)
-    if item not in self.label: raise InputError(f'{item}: is not in the table of labels')
+    if item not in self.label:
+        raise InputError(f'{item}: is not in the table of labels')
     return self.label[item]
 
 def _known_path(data):

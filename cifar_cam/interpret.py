@@ -161,7 +161,8 @@ def plot_top_losses(self:CamInterpretation,
     if not idxs: return message_figure(self._none(idxs), figsize, dpi)
     images,each,(rows,cols) = self.images(idxs),1 + heatmap,_grid(len(idxs), nrows, ncols, 5)
     head = 'prediction and its probability; actual class, loss'
-    p = Panels(rows, each*cols, 2, head, heatmap, 1.4 - .45*heatmap, plain, figsize, dpi, group=each, aspect=_aspect(images))
+    p = Panels(rows, each*cols, 2, head, heatmap, 1.4 - .45*heatmap, plain, figsize, dpi, group=each,
+               aspect=_aspect(images))
     panels = p.axs.reshape(-1, each)
     for axs,image in zip(panels, images): draw_image(axs[0], image, **({} if heatmap else drawing))
     names = self._names
@@ -227,7 +228,8 @@ def by_class(self:CamInterpretation,
     groups:int=3, # rows
 ) -> list: # `groups` rows of one index per actual class, None where a class has too few
     "Images arranged by their actual class. Raises InputError for less than one row"
-    if groups < 1: raise InputError(f'groups={groups}: choose at least one row')
+    if groups < 1:
+        raise InputError(f'groups={groups}: choose at least one row')
     columns = [[] for _ in self.vocab]
     for i in self.indices(which): columns[self.targs[i]].append(i)
     return [[c[g] if g < len(c) else None for c in columns] for g in range(groups)]
@@ -377,7 +379,8 @@ def save_maps(self:CamInterpretation,
     Raises InputError if there are no such images"""
     idxs,path,target = self.indices(which, k),Path(path),kwargs.pop('target', 'predicted')
     if path.suffix != '.npz': path = path.with_name(f'{path.name}.npz')
-    if not idxs: raise InputError(self._none(which))
+    if not idxs:
+        raise InputError(self._none(which))
     (maps,blank),(rival_maps,rival_blank) = (self.cams(idxs, t, **kwargs) for t in (target, 'rival'))
     images = dict(indices=idxs, files=self.file_names(idxs), targets=self.targs[idxs], predictions=self.preds[idxs],
                   rivals=self.asked(idxs, 'rival'), probabilities=self.probs[idxs], losses=self.losses[idxs],

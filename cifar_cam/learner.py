@@ -232,7 +232,8 @@ def _plain(o):
 
 def _count(state, k, default=None):
     n = state[k] if default is None else state.get(k, default)
-    if not isinstance(n, int) or n < 0: raise ValueError(f'{k}={n}')
+    if not isinstance(n, int) or n < 0:
+        raise ValueError(f'{k}={n}')
     return n
 
 # %% ../nbs/10_learner.ipynb #10bckp1c
@@ -264,7 +265,8 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         if hasattr(self.learn, 'gather_preds'): return
-        if not isinstance(self.learn, CifarLearner): raise InputError('Checkpoint needs the learner of `cifar_learner`')
+        if not isinstance(self.learn, CifarLearner):
+            raise InputError('Checkpoint needs the learner of `cifar_learner`')
         # neither `validate` nor the finder's steps
         self.on = self.first_epoch is not None and not hasattr(self.learn, 'lr_finder')
         if not self.on: return

@@ -250,7 +250,8 @@ def _below(item, root):
     return item.relative_to(root).as_posix() if isinstance(item, Path) and item.is_relative_to(root) else str(item)
 
 def _follow(decisions, source, items, splits):
-    "(splits without the dropped images, a `get_y` that knows the decisions); the last split, the test set, stays as it is"
+    """(splits without the dropped images, a `get_y` that knows the decisions); the last split, the test set, stays
+    as it is"""
     root = _folder(source, source.path or '.')
     names = {i: _below(items[i], root) for split in splits[:-1] for i in split}
     decided = read_decisions(decisions, root, {name: str(source.get_y(items[i])) for i,name in names.items()})
@@ -276,7 +277,8 @@ def cifar_dls(
     **kwargs, # more for fastai's `dataloaders`: num_workers, device, ...
 ) -> DataLoaders: # `test_note` says what the test set is, where the data set has none of its own
     "Loaders: train, the held-out images if any, test. Raises InputError for a transform that would see no image"
-    if not bs >= 1: raise InputError(f'bs={bs}: choose at least one image a batch')
+    if not bs >= 1:
+        raise InputError(f'bs={bs}: choose at least one image a batch')
     single = _item_tfms(item_tfms, in_memory)
     source = ImageSource(hold_out, seed, valid_pct, labels, get_items, get_y)
     items = source.get_items(data)

@@ -22,13 +22,15 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from .core import InputError
 
 # %% ../nbs/05_models.ipynb #37880161
-NORMS = dict(batch=nn.BatchNorm2d, layer=partial(nn.GroupNorm, 1), group=partial(nn.GroupNorm, 32))  # 32 groups: Wu & He's choice
+# 32 groups: Wu & He's choice
+NORMS = dict(batch=nn.BatchNorm2d, layer=partial(nn.GroupNorm, 1), group=partial(nn.GroupNorm, 32))
 
 def norm_layer(
     norm:str='batch', # a key of `NORMS`
 ):
     "The constructor of a normalisation layer: it takes a number of channels. Raises InputError for an unknown `norm`"
-    if norm not in NORMS: raise InputError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
+    if norm not in NORMS:
+        raise InputError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
     return NORMS[norm]
 
 # %% ../nbs/05_models.ipynb #8ceef8cc
@@ -72,7 +74,8 @@ def layer_table(
 ) -> pd.DataFrame:
     "Each layer in the order of the forward pass: its name, kind, output shape and parameters"
     rows,handles = [],[]
-    def hook(name): return lambda m,_,out: rows.append((name, type(m).__name__, tuple(out.shape[1:]), count_parameters(m)))
+    def hook(name):
+        return lambda m,_,out: rows.append((name, type(m).__name__, tuple(out.shape[1:]), count_parameters(m)))
     for name,m in model.named_modules():
         if not list(m.children()): handles.append(m.register_forward_hook(hook(name)))
     training,device = {m: m.training for m in model.modules()},next(model.parameters()).device
@@ -218,7 +221,8 @@ def davidnet(
     norm:str='batch', # normalisation: see `norm_layer`
     scale:float=1/8, # of the logits: Page's; the assignment has none, 1
 ) -> nn.Sequential:
-    "Prep 64; layer1 128 + residual; layer2 256; layer3 512 + residual; max-pool; linear: 6,573,130 parameters for 10 classes"
+    """Prep 64; layer1 128 + residual; layer2 256; layer3 512 + residual; max-pool; linear: 6,573,130 parameters for
+    10 classes"""
     return nn.Sequential(OrderedDict(
         prep=conv_norm(3, 64, norm),
         layer1=nn.Sequential(conv_norm(64, 128, norm, pool=True), Residual(128, norm)),
@@ -264,20 +268,24 @@ def conv_group(
 ) -> nn.Sequential:
     "Convolution → max-pool → norm → GELU → convolution → norm → GELU"
     conv1,conv2 = (_identity(nn.Conv2d(c, c_out, 3, padding=1, bias=False)) for c in (c_in, c_out))
-    return nn.Sequential(conv1, nn.MaxPool2d(2), _quick_norm(norm, c_out), nn.GELU(), conv2, _quick_norm(norm, c_out), nn.GELU())
+    return nn.Sequential(conv1, nn.MaxPool2d(2), _quick_norm(norm, c_out), nn.GELU(), conv2, _quick_norm(norm, c_out),
+                         nn.GELU())
 
 # %% ../nbs/05_models.ipynb #476bba1e
 def speednet(
     n_out:int=10, # classes
     norm:str='batch', # normalisation: see `norm_layer`
 ) -> nn.Sequential:
-    "Whitening 24; groups of 64, 256 and 256; max-pool; linear: 1,971,352 trained parameters for 10 classes (Jordan 2024)"
+    """Whitening 24; groups of 64, 256 and 256; max-pool; linear: 1,971,352 trained parameters for 10 classes (Jordan
+    2024)"""
     model = nn.Sequential(OrderedDict(
         whiten=Whiten(), act=nn.GELU(),
         group1=conv_group(24, 64, norm), group2=conv_group(64, 256, norm), group3=conv_group(256, 256, norm),
         pool=nn.AdaptiveMaxPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(256, n_out, bias=False), scale=Scale(1/9)))
-    # The small logits make small gradients, most of all for biases. `Muon` (see `10_learner`) multiplies its learning rate by these. They are Jordan's rates
-    # for biases (0.053·2000, on the mean loss) and for the last layer (0.67·2000/28², its weights at PyTorch's usual scale), over his 0.24
+    # The small logits make small gradients, most of all for biases. `Muon` (see `10_learner`) multiplies its learning
+    # rate by these. They are Jordan's rates
+    # for biases (0.053·2000, on the mean loss) and for the last layer (0.67·2000/28², its weights at PyTorch's usual
+    # scale), over his 0.24
     # for the filters.
     for p in model.parameters(): p.lr_scale = {1: 440., 2: 7.}.get(p.ndim, 1.)
     return model
@@ -292,5 +300,6 @@ def build_model(
     norm:str='batch', # normalisation: see `norm_layer`
 ) -> nn.Module:
     "The network called `arch`. Raises InputError that lists the names there are"
-    if arch not in MODELS: raise InputError(f"unknown network {arch!r}: choose one of {', '.join(MODELS)}")
+    if arch not in MODELS:
+        raise InputError(f"unknown network {arch!r}: choose one of {', '.join(MODELS)}")
     return MODELS[arch](n_out=n_out, norm=norm)

@@ -53,19 +53,22 @@ def has_bf16(
     "Whether bfloat16 is fast on `device`: a CPU with avx512_bf16 or AMX, a GPU that does not emulate it"
     device = torch.device(device)
     if device.type=='cuda':
-        with torch.cuda.device(device): return torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 can, but slowly
+        # a T4 can, but slowly
+        with torch.cuda.device(device): return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type=='cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 # %% ../nbs/06_optimizers.ipynb #06bf16d
 @cache
-def _product_type(device): return torch.float32 if device.type in ('cpu', 'cuda') and not has_bf16(device) else torch.bfloat16
+def _product_type(device):
+    return torch.float32 if device.type in ('cpu', 'cuda') and not has_bf16(device) else torch.bfloat16
 
 # %% ../nbs/06_optimizers.ipynb #faa61aaa
 def newton_schulz(
     g:torch.Tensor, # a matrix, or N matrices of the same shape: N×rows×columns
     steps:int=3, # applications of the polynomial
 ) -> torch.Tensor:
-    """Matrices with the singular vectors of those of `g` and singular values of about 1 (Newton-Schulz with the coefficients of Jordan 2024),
+    """Matrices with the singular vectors of those of `g` and singular values of about 1 (Newton-Schulz with the
+    coefficients of Jordan 2024),
     in bfloat16 where the device is made for it, else in float32"""
     if g.ndim==2: return newton_schulz(g[None], steps)[0]
     tall = g.shape[1] > g.shape[2]
@@ -78,7 +81,8 @@ def newton_schulz(
 
 # %% ../nbs/06_optimizers.ipynb #99d4e267
 class Muon(optim.Optimizer):
-    "Muon for convolutions, Nesterov SGD for matrices and vectors (Jordan 2024); for networks whose convolutions are normalised"
+    """Muon for convolutions, Nesterov SGD for matrices and vectors (Jordan 2024); for networks whose convolutions
+    are normalised"""
     _step_supports_amp_scaling = True  # tells `GradScaler` that `grad_scale` and `found_inf` are heeded
     def __init__(self,
         params, # of a network, as for any PyTorch optimizer
@@ -86,7 +90,8 @@ class Muon(optim.Optimizer):
         momentum:float=.6, # of the convolutions
         weight_decay:float=0., # of all others, times the learning rate, as in AdamW
         other_momentum:float=.85, # of all others
-    ): super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, other_momentum=other_momentum))
+    ): super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                     other_momentum=other_momentum))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -95,7 +100,8 @@ class Muon(optim.Optimizer):
             kernels,others = [p for p in params if p.ndim > 2],[p for p in params if p.ndim <= 2]
             with _taken_back(self._tensors(params), getattr(self, 'found_inf', None)):
                 if kernels: _turn(kernels, self._momentum(kernels, group['momentum']), group['lr'])
-                if others: _slide(others, self._momentum(others, group['other_momentum']), group['lr'], group['weight_decay'])
+                if others:
+                    _slide(others, self._momentum(others, group['other_momentum']), group['lr'], group['weight_decay'])
 
     def _tensors(self, params):
         "All that a step changes"
@@ -106,7 +112,8 @@ class Muon(optim.Optimizer):
     def _momentum(self, params, factor):
         "The steps of Nesterov's momentum"
         grads,buffers = [p.grad for p in params],[self.state[p]['momentum_buffer'] for p in params]
-        if (scale := getattr(self, 'grad_scale', None)) is not None: grads = torch._foreach_mul(grads, scale.reciprocal())
+        if (scale := getattr(self, 'grad_scale', None)) is not None:
+            grads = torch._foreach_mul(grads, scale.reciprocal())
         torch._foreach_mul_(buffers, factor)
         torch._foreach_add_(buffers, grads)
         return torch._foreach_add(grads, buffers, alpha=factor)
@@ -126,7 +133,8 @@ def _orthogonal(matrices):
     out,wide = [None]*len(matrices),[m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
     for rows in {len(w): None for w in wide}:
         alike = [i for i,w in enumerate(wide) if len(w)==rows]
-        batch = wide[0].new_zeros(len(alike), rows, max(wide[i].shape[1] for i in alike), dtype=_product_type(wide[0].device))
+        batch = wide[0].new_zeros(len(alike), rows, max(wide[i].shape[1] for i in alike),
+                                  dtype=_product_type(wide[0].device))
         torch._foreach_copy_([b[:, :wide[i].shape[1]] for b,i in zip(batch.unbind(), alike)], [wide[i] for i in alike])
         for i,t in zip(alike, newton_schulz(batch).to(matrices[0].dtype).unbind()):
             t = t[:, :wide[i].shape[1]]
@@ -142,7 +150,8 @@ def _slide(params, steps, lr, weight_decay):
 # %% ../nbs/06_optimizers.ipynb #06muon2
 @contextmanager
 def _taken_back(tensors, found_inf):
-    "At the end, `tensors` are what they were if `found_inf`, a number on their device, is not 0; None: nothing is taken back"
+    """At the end, `tensors` are what they were if `found_inf`, a number on their device, is not 0; None: nothing is
+    taken back"""
     if found_inf is None or not tensors:
         yield
         return

@@ -65,7 +65,8 @@ def from_first(
             with one_process(): out = [f(*args)]
         except InputError as e: out = [e]
     dist.broadcast_object_list(out)
-    if isinstance(out[0], InputError): raise out[0]
+    if isinstance(out[0], InputError):
+        raise out[0]
     return out[0]
 
 def from_all(

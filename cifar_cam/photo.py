@@ -75,7 +75,8 @@ def explain_image(
     known = _known(learn) if isinstance(learn, Learner) else (None, None, (32, 32))
     model,loss_func = (learn.model, learn.loss_func) if isinstance(learn, Learner) else (learn, None)
     vocab,stats,size = (k if o is None else o for o,k in zip((vocab, stats, size), known))
-    if vocab is None or stats is None: raise InputError('a network alone: pass vocab and stats too')
+    if vocab is None or stats is None:
+        raise InputError('a network alone: pass vocab and stats too')
     if size is None:
         raise InputError('the learner has no images of its own: pass size, the (height, width) it was trained on')
     names = [str(c) for c in vocab]

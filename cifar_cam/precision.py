@@ -33,7 +33,8 @@ def pick_precision(
     device:torch.device='cpu', # where the training runs
     bf16:bool=None, # the older way to ask: True is 'bfloat16', False is 'float32'; None: as `precision` says
 ) -> str: # 'bfloat16', 'float16' or 'float32'
-    "What the forward pass is computed in. Raises InputError for a name that is not in `PRECISIONS`, and where `bf16` contradicts it"
+    """What the forward pass is computed in. Raises InputError for a name that is not in `PRECISIONS`, and where
+    `bf16` contradicts it"""
     if precision not in PRECISIONS:
         raise InputError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
     if bf16 is not None:
@@ -46,7 +47,8 @@ def pick_precision(
 
 # %% ../nbs/08_precision.ipynb #08half1
 class HalfPrecision(Callback):
-    """The forward pass under autocast with channels-last memory, while training and validating; with a gradient scaler in float16.
+    """The forward pass under autocast with channels-last memory, while training and validating; with a gradient scaler
+    in float16.
     `get_preds` stays float32"""
     order = 10  # of fastai's `MixedPrecision`: after `GradientAccumulation`, before `GradientClip`
     scaler,_scale_of,_skipped,_wrapped,_made = None,None,0,None,(None, None)
@@ -68,7 +70,8 @@ class HalfPrecision(Callback):
         self._wrapped[0]['forward'] = self._halved(self.model.forward)
 
     def _halved(self, forward):
-        "`forward` in half precision; the same object every time, so that a compiled network finds what it was compiled with"
+        """`forward` in half precision; the same object every time, so that a compiled network finds what it was
+        compiled with"""
         if self._made[0]!=forward:
             device,dtype = next(self.model.parameters()).device.type,self.dtype
             def halved(x):
@@ -138,7 +141,8 @@ class Bf16(HalfPrecision):
 # %% ../nbs/08_precision.ipynb #08full1
 @contextmanager
 def full_float32():
-    "Inside, products and convolutions of float32 tensors are computed in float32: no TF32 on a GPU, no bfloat16 instead of it on a CPU"
+    """Inside, products and convolutions of float32 tensors are computed in float32: no TF32 on a GPU, no bfloat16
+    instead of it on a CPU"""
     products,convolutions = torch.get_float32_matmul_precision(),torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.allow_tf32 = False
@@ -152,7 +156,8 @@ def full_float32():
 def deterministic_algorithms(
     on:bool=True, # False: change nothing
 ):
-    "Inside, a GPU repeats itself: deterministic algorithms, no choice by speed, no TF32, a fixed workspace for matrix products"
+    """Inside, a GPU repeats itself: deterministic algorithms, no choice by speed, no TF32, a fixed workspace for
+    matrix products"""
     if not on:
         yield
         return
@@ -161,7 +166,8 @@ def deterministic_algorithms(
     before = torch.are_deterministic_algorithms_enabled(),torch.is_deterministic_algorithms_warn_only_enabled()
     flags = cudnn.deterministic,cudnn.benchmark,memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    cudnn.deterministic,cudnn.benchmark,memory.fill_uninitialized_memory = True,False,False  # nobody reads empty memory here
+    # nobody reads empty memory here
+    cudnn.deterministic,cudnn.benchmark,memory.fill_uninitialized_memory = True,False,False
     try:
         with full_float32(): yield
     finally:
@@ -171,7 +177,8 @@ def deterministic_algorithms(
 # %% ../nbs/08_precision.ipynb #08det3
 @contextmanager
 def fast_convolutions():
-    "Inside, cuDNN tries its algorithms once for each shape and keeps the fastest, except where numbers have to repeat themselves"
+    """Inside, cuDNN tries its algorithms once for each shape and keeps the fastest, except where numbers have to
+    repeat themselves"""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark
     cudnn.benchmark = not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
@@ -207,7 +214,8 @@ def forget_batch(
     learn:Learner, # whose training failed
     error:BaseException=None, # what it failed with
 ):
-    "Let go of all that a failed step holds: batch, graph and gradients, and what the functions between here and `error` hold"
+    """Let go of all that a failed step holds: batch, graph and gradients, and what the functions between here and
+    `error` hold"""
     for name in 'b', 'xb', 'yb', 'x', 'y', 'pred', 'loss', 'loss_grad', 'smooth_loss':
         vars(learn).pop(name, None)
     learn.model.zero_grad(set_to_none=True)
@@ -219,7 +227,8 @@ def forget_batch(
 
 # %% ../nbs/08_precision.ipynb #bcef2762
 class keep_memory(ContextDecorator):
-    "Inside, the C library keeps freed memory for the next tensors (glibc's `mallopt`; with other C libraries nothing changes)"
+    """Inside, the C library keeps freed memory for the next tensors (glibc's `mallopt`; with other C libraries
+    nothing changes)"""
     depth = 0
     glibc = ctypes.CDLL(None) if platform.libc_ver()[0]=='glibc' else None
     _trim_threshold,_mmap_threshold,_mmap_max = -1,-3,-4  # malloc.h

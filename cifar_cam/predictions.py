@@ -32,7 +32,8 @@ def _check(dl):
     if not len(dl.dataset):
         raise InputError(f'the loader has no images, as those of a loaded learner: pass dl=learn.dls.{make}')
     tls = getattr(dl.dataset, 'tls', None)
-    if tls is not None and len(tls) <= dl.n_inp: raise InputError(f'the loader has no labels: make it by {make}')
+    if tls is not None and len(tls) <= dl.n_inp:
+        raise InputError(f'the loader has no labels: make it by {make}')
     if tls is not None and getattr(tls[dl.n_inp][0], 'ndim', 0):
         raise InputError('the images have several labels each, or a mask: a gallery compares one class with one class')
     if not getattr(dl, 'vocab', None):
@@ -57,7 +58,8 @@ def _run(learn, dl):
         raise InputError(f'the network gives a {type(out).__name__}: predictions need one tensor of outputs')
     losses = losses[0] if each else torch.stack([learn.loss_func(out[i:i+1], targs[i:i+1]) for i in range(len(out))])
     out,targs,losses = (t.detach().cpu().as_subclass(torch.Tensor) for t in (out, targs, losses))
-    if targs.ndim != 1: raise InputError(f'targets of shape {tuple(targs.shape)}: each image needs one class')
+    if targs.ndim != 1:
+        raise InputError(f'targets of shape {tuple(targs.shape)}: each image needs one class')
     return out,targs.long(),losses.float().reshape(len(targs), -1).mean(1)
 
 # %% ../nbs/13c_predictions.ipynb #13d29145
@@ -254,7 +256,8 @@ def indices(self:Predictions,
 ) -> list: # places in the data set
     """The images of a gallery. 'misclassified' and 'top_losses': highest loss first; 'correct': lowest loss first, the
     classes in turn; equal losses in the set's order. Raises InputError for another word or an index out of range"""
-    if k is not None and k < 1: raise InputError(f'k={k}: choose at least one image')
+    if k is not None and k < 1:
+        raise InputError(f'k={k}: choose at least one image')
     if not isinstance(which, str): return self._given(np.asarray(which))[:k]
     down,wrong = self.losses.argsort(descending=True, stable=True),self.preds != self.targs
     if which=='misclassified': return down[wrong[down]][:k].tolist()
@@ -272,7 +275,8 @@ def _given(self:Predictions, which):
         raise InputError(f'a choice of yes and no for {which.size} images: there are {n:,}')
     idxs = (np.flatnonzero(which) if which.dtype==bool else which).astype(int).flatten().tolist()
     for i in idxs:
-        if not 0 <= i < n: raise InputError(f'image {i} is out of range: there are {n:,}, from 0 to {n-1}')
+        if not 0 <= i < n:
+            raise InputError(f'image {i} is out of range: there are {n:,}, from 0 to {n-1}')
     return idxs
 
 # %% ../nbs/13c_predictions.ipynb #abba9ecf

@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'AUGMENTS', 'RECIPES', 'AS_PUBLISHED', 'PUBLISHED_RECIPE
 # %% ../nbs/18_recipe.ipynb #18imp1r
 import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, get_type_hints

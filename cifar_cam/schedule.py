@@ -28,8 +28,10 @@ def triangle(
 
 # %% ../nbs/07_schedule.ipynb #44a28840
 def _check_triangle(n_epoch, lr_min, lr_max, peak):
-    if not 0 < peak < n_epoch: raise InputError(f'peak={peak}: choose it between epoch 0 and the last, {n_epoch}')
-    if not 0 <= lr_min < lr_max: raise InputError(f'lr_min={lr_min} and lr_max={lr_max}: 0 ≤ lr_min < lr_max is needed')
+    if not 0 < peak < n_epoch:
+        raise InputError(f'peak={peak}: choose it between epoch 0 and the last, {n_epoch}')
+    if not 0 <= lr_min < lr_max:
+        raise InputError(f'lr_min={lr_min} and lr_max={lr_max}: 0 ≤ lr_min < lr_max is needed')
 
 def plot_triangle(
     n_epoch:int, # epochs of the training
@@ -67,10 +69,12 @@ def fit_triangle(self:Learner,
 # %% ../nbs/07_schedule.ipynb #4450e97d
 def _at_fall(share, lrs, losses):
     nothing = InputError('the loss hardly falls at any learning rate: nothing to pick; name one, such as lr=0.05')
-    if not len(losses): raise nothing
+    if not len(losses):
+        raise nothing
     low,start = losses.argmin(),losses[:10].mean()
     above = (losses[:low] > start - share*(start - losses[low])).nonzero()
-    if not losses[low] < .99*start or not len(above): raise nothing
+    if not losses[low] < .99*start or not len(above):
+        raise nothing
     i = above[-1].item() + 1  # the last crossing: an early dip of a noisy loss is not the fall
     return lrs[i].item(), (lrs[i].item(), losses[i])
 
@@ -109,7 +113,8 @@ def find_lrs(
 
 # %% ../nbs/07_schedule.ipynb #3c73523d
 class Plateau(ReduceLROnPlateau):
-    "Multiply the learning rate by `factor` after `patience` epochs without a better value. Raises InputError for a factor not between 0 and 1"
+    """Multiply the learning rate by `factor` after `patience` epochs without a better value. Raises InputError for a
+    factor not between 0 and 1"""
     def __init__(self,
         factor:float=0.5, # what the learning rate is multiplied by, as in PyTorch
         patience:int=3, # epochs without a new best

@@ -131,8 +131,7 @@ class JudgeTrial(Callback):
         best:bool=False, # judge by the best epoch instead of the last
     ): self.trial,self.best,self.seen = trial,best,[]
     def after_epoch(self):
-        place = self.recorder.metric_names[1:-1].index('valid_accuracy')
-        self.seen.append(float(self.recorder.values[-1][place]))
+        self.seen.append(float(self.recorder.row['valid_accuracy']))
         self.trial.report(self.value, self.epoch + 1)
         if self.trial.should_prune() and self.epoch + 1 < self.n_epoch:
             raise optuna_package().TrialPruned('fell behind')  # fastai wants an error to say something

@@ -80,7 +80,8 @@ def fill_once(
             except InputError as e: raise InputError(_renamed(str(e), folder, tmp, source)) from None
             try: folder.rename(final)
             except OSError:  # another process was faster
-                if not final.exists(): raise
+                if not final.exists():
+                    raise
     return check(final)
 
 def _renamed(message, folder, tmp, source): return message.replace(str(folder), str(source)).replace(tmp, str(source))
@@ -118,7 +119,8 @@ class FileFinder:
         split:str='', # the part that the table says
     ) -> Path: # None where there is no such file
         found = list(dict.fromkeys(f for d in self._folders(name, split) for f in self._in(d, name)))
-        if len(found) > 1: raise InputError(f'{name} could be {found[0]} or {found[1]}; write which')
+        if len(found) > 1:
+            raise InputError(f'{name} could be {found[0]} or {found[1]}; write which')
         return found[0] if found else None
 
     def _folders(self, name, split):
@@ -149,12 +151,14 @@ def read_csv(
     "The cells of a table as text. Raises InputError for what is no table"
     try:
         with open(path, 'rb') as f: head = f.readline(2**16).decode('utf-8-sig')
-        if '\0' in head: raise ValueError('it is no text')
+        if '\0' in head:
+            raise ValueError('it is no text')
         sep = max(',;\t', key=head.count)
         rows = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding='utf-8-sig')
     except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
     except ValueError as e: raise InputError(f'{path}: no table of images, and no archive of them ({e})') from None
-    if not isinstance(rows.index, pd.RangeIndex): raise InputError(f'{path}: its lines have more cells than its header')
+    if not isinstance(rows.index, pd.RangeIndex):
+        raise InputError(f'{path}: its lines have more cells than its header')
     if len(rows.columns) < 2:
         raise InputError(f'{path}: no table of images: its first line must name columns, as in file,label')
     return rows
@@ -174,19 +178,24 @@ def read_table(
     for i,row in enumerate(zip(*(rows[c] for c in columns.values()))):
         try: read.append(_table_row(dict(zip(columns, row)), columns, find))
         except InputError as e: raise InputError(f'{name}: {line(i)}: {e}') from None
-    if not read: raise InputError(f'{name}: has no rows')
+    if not read:
+        raise InputError(f'{name}: has no rows')
     return _without_twins(pd.DataFrame(read), name, line).sort_values('file', ignore_index=True)
 
 _IS_VALID = {'true': 'valid', '1': 'valid', 'false': 'train', '0': 'train'}
 
 def _table_row(cells, columns, find):
     file,label,split = (_cell_text(cells.get(k, '')) for k in ('file', 'label', 'split'))
-    if not file: raise InputError('names no file')
-    if not label: raise InputError(f'{file} has no label')
+    if not file:
+        raise InputError('names no file')
+    if not label:
+        raise InputError(f'{file} has no label')
     part = _IS_VALID.get(split.lower()) if columns.get('split') == 'is_valid' else split_name(split)
-    if 'split' in columns and not part: raise InputError(f'the split {split!r} is none of train, valid and test')
+    if 'split' in columns and not part:
+        raise InputError(f'the split {split!r} is none of train, valid and test')
     path = find(file, part)
-    if path is None: raise InputError(f'{file} is not there')
+    if path is None:
+        raise InputError(f'{file} is not there')
     return dict(file=path, label=label, split=part)
 
 def _cell_text(v): return '' if v is None or v is pd.NA or isinstance(v, float) and v != v else str(v).strip()

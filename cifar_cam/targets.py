@@ -68,7 +68,8 @@ def target_pair(
     "The classes asked about in each image, and those they are compared with. Raises InputError as `class_indices` does"
     if not isinstance(targets, tuple): return class_indices(targets, logits, vocab),None
     if len(targets) != 2:
-        raise InputError(f"a tuple of {len(targets)} targets: a tuple is a pair (a, b); for one class an image pass a list")
+        raise InputError(f"a tuple of {len(targets)} targets: a tuple is a pair (a, b); for one class an image pass "
+                         "a list")
     return tuple(class_indices(t, logits, vocab) for t in targets)
 
 # %% ../nbs/11_targets.ipynb #68f05b51

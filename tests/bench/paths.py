@@ -36,7 +36,7 @@ def train(path, in_memory, seed, epochs, device):
     dls = cifar_dls(path, cifar_augment(cutout=8), bs=128, in_memory=in_memory, seed=seed, device=torch.device(device), **workers)
     learn = cifar_learner(dls, 'davidnet', seed=seed)
     with learn.no_bar(), learn.no_logging(): learn.fit_triangle(epochs, .003, .1, peak=1, cbs=ValidateLast())
-    return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))['valid_accuracy']
+    return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))['accuracy']
 
 
 def measure(data='cifar10', n=4000, epochs=4, seeds=2, device='cpu'):
