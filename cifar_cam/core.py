@@ -60,8 +60,9 @@ def input_error(
     "The first thing that is wrong, as one line with the values there can be"
     first = e.errors()[0]
     fields = TypeAdapter(kind).json_schema().get('properties', {})
+    named = bool(name)  # then the value is what was typed, as text
     name = name or '.'.join(map(str, first['loc'][:1]))
-    value = f'{name}={reprlib.repr(first["input"])}'
+    value = f'{name}={first["input"] if named else reprlib.repr(first["input"])}'
     known = fields.get(name, {})
     if first['type'] in ('unexpected_keyword_argument', 'extra_forbidden'):
         return InputError(f"unknown key {name!r}: choose one of {', '.join(fields)}")

@@ -6,6 +6,7 @@
 __all__ = ['open_photo', 'NamedImage', 'Squeeze']
 
 # %% ../nbs/01a_photos.ipynb #01aimp1p
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def open_photo(
     photo:str|Path|Image.Image, # a file, or an image that is open
 ) -> Image.Image: # RGB
     "A photo of any size and mode, upright. Raises InputError for what cannot be read"
-    if isinstance(photo, (str, Path)) and not Path(photo).is_file():
+    if isinstance(photo, (str, Path)) and not os.path.isfile(photo):  # which says no to a name that is too long, too
         raise InputError(f'{photo}: no such file; name an image')
     try:
         with (nullcontext(photo) if isinstance(photo, Image.Image) else Image.open(photo)) as im:

@@ -124,9 +124,9 @@ def test_inference_runs_once(learn, capsys):
 
 def test_cams_of_a_gallery_are_batches(interp):
     interp = mistaken(interp, {i: (interp.targs[i].item() + 1) % 10 for i in range(9)})
-    seen = [n for n in count_images(interp.learn.model, lambda: interp.plot_cams(9)) if n > 1] # one image: looking for the layer
+    seen = [n for n in count_images(interp.learn.model, lambda: interp.plot_cams(9)) if n > 4] # up to four images: looking for the layer
     assert seen == [9, 9] # predicted class, rival
-    assert [n for n in count_images(interp.learn.model, lambda: interp.plot_class_cams(groups=5)) if n > 1] == [9]
+    assert [n for n in count_images(interp.learn.model, lambda: interp.plot_class_cams(groups=5)) if n > 4] == [9]
 
 @pytest.mark.parametrize('in_memory', [True, False])
 @pytest.mark.parametrize('ds_idx,folder,n', [(0, 'train', 50), (1, 'train', 20), (2, 'test', 50), (-1, 'test', 50)])
