@@ -338,7 +338,7 @@ def verdicts(
     doubt:np.ndarray, # N label scores
     spread:np.ndarray, # N ambiguity scores
     copies:np.ndarray=None, # N booleans; None: not looked for
-    sure:float=.98, # label score from which the label is blamed: half of them rightly, if 1 % of the labels are wrong
+    sure:float=.98, # label score from which the label is blamed; set by judgement
     torn:float=.4, # ambiguity score from which an image is ambiguous
     first:int=50, # so many are blamed in any case, where the network makes as many mistakes
 ) -> np.ndarray: # N words, '' for an image without a doubt

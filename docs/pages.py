@@ -172,7 +172,7 @@ def gather():
     modules = api.modules(ROOT/'cifar_cam')
     doc = lambda p: place(p).rsplit('.', 1)[0]
 
-    trees = [_toctree('Begin', ['A ten-minute tour <tour>', 'recipes', 'results']), _toctree('How to', HOW_TO), _toctree('Understand', ['figures', 'run-folder', 'reliability']),
+    trees = [_toctree('Begin', ['A ten-minute tour <tour>', 'recipes', 'results']), _toctree('How to', HOW_TO), _toctree('Understand', ['figures', 'run-folder', 'like-fastai', 'devices', 'reliability']),
              _toctree('Notebooks', ['In reading order <notebooks>', *(f"{Path(p).stem.replace('_', ' ')} <{doc(p)}>" for p in numbered if doc(p)!='tour')]),
              _toctree('API', ['All modules <api/index>', *(f'{m.name} <api/{m.name}>' for m in modules)])]
     home = notebooks['nbs/index.ipynb']

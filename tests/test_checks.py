@@ -36,7 +36,7 @@ def test_precision_is_the_one_that_would_be_chosen(monkeypatch):
 
 
 def test_the_state_of_the_data(few, tmp_path, fastai_home, monkeypatch):
-    assert '100 in train, 20 in test' in check_data(few)[0]['found'] and not problems(check_data(few))
+    assert '20 in test, 100 in train' in check_data(few)[0]['found'] and not problems(check_data(few))
     shutil.copytree(few, tmp_path/'data')
     shutil.rmtree(tmp_path/'data'/'test'/'star')
     assert 'star' in problems(check_data(tmp_path/'data'))['data']
