@@ -98,7 +98,7 @@ def test_each_row_has_the_command_that_trains_its_recipe(monkeypatch):
         recorded = json.loads((runs[0]/'recipe.json').read_text())   # newer settings have the values that older runs had
         about = 'published', 'published_as'
         assert {k: v for k,v in asdict(recipe).items() if k in recorded and k not in about} == {k: v for k,v in recorded.items() if k not in about}
-        assert (args.data, args.runs, args.seed, args.published_protocol) == (env['data'], len(runs), env['seed'], env['published_protocol'])
+        assert (args.data or 'cifar10', args.runs, args.seed, args.published_protocol) == (env['data'], len(runs), env['seed'], env['published_protocol'])
 
 
 @pytest.mark.parametrize('notebook', sorted((ROOT/'nbs'/'experiments').glob('*.ipynb')), ids=lambda p: p.stem)
