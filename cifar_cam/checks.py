@@ -37,7 +37,7 @@ def finding(
     return dict(check=name, found=str(found), problem=problem)
 
 # %% ../nbs/27_checks.ipynb #4d5a20cf
-def check_versions() -> list: # of findings
+def check_versions() -> list:
     "Python, this package, what it needs, and which extras are there"
     python = f'{platform.python_version()} on {platform.system()} {platform.machine()}'
     found,missing = [finding('python', python), finding('cifar_cam', __version__)],[]

@@ -79,16 +79,16 @@ def _own_words(first, name, value):
 
 # %% ../nbs/00_core.ipynb #00raiser
 def raises_input_error(
-    cls:type, # a dataclass of pydantic
+    kind:type, # a dataclass of pydantic
 ) -> type: # the same
-    "A decorator: what is wrong with the arguments of `cls` is an `InputError`"
-    init = cls.__init__
+    "A decorator: what is wrong with the arguments of `kind` is an `InputError`"
+    init = kind.__init__
     @wraps(init)
     def checked(self, *args, **kwargs):
         try: init(self, *args, **kwargs)
-        except ValidationError as e: raise input_error(e, cls) from None
-    cls.__init__ = checked
-    return cls
+        except ValidationError as e: raise input_error(e, kind) from None
+    kind.__init__ = checked
+    return kind
 
 # %% ../nbs/00_core.ipynb #00oneof1
 def one_of(

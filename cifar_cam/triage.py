@@ -283,6 +283,7 @@ def _same_contrast(x): return x/np.sqrt((x**2).mean((1, 2, 3), keepdims=True)).c
 
 def _likeness(a, b):
     "The correlation of pairs in their worst tile, at the best shift; 0 where the fine structure is another, or none"
+    if not len(a): return np.zeros(0)
     (a,fine_a),(b,fine_b) = _split(a),_split(b)
     middle,fine = _same_contrast(a[:, :, 1:-1, 1:-1]),_unit(fine_a[:, :, 1:-1, 1:-1].reshape(len(a), -1))
     best,worst,same = np.full(len(a), -np.inf),np.zeros(len(a)),np.zeros(len(a))

@@ -14,7 +14,7 @@ from cifar_cam.core import InputError
 from cifar_cam.interpret import CamInterpretation
 from cifar_cam.learner import cifar_learner
 from cifar_cam.loaders import cifar_dls
-from cifar_cam.tables import _COLUMNS
+from cifar_cam.triage import _COLUMNS
 from cifar_cam.triage import (LABEL_SCORES, VERDICTS, Evidence, ambiguity_scores, check_evidence, classifier_of,
                               compare_scores, copied, doubtful_set, find_copies, flip_labels, label_scores,
                               load_evidence, look, measure_score, neighbour_votes, pooled_probs, precision_at,
