@@ -61,7 +61,8 @@ def input_error(
     first = e.errors()[0]
     fields = TypeAdapter(kind).json_schema().get('properties', {})
     named = bool(name)  # then the value is what was typed, as text
-    name = name or '.'.join(map(str, first['loc'][:1]))
+    place = first['loc'][0] if first['loc'] else ''
+    name = name or (list(fields)[place] if isinstance(place, int) else place)  # by position, or by name
     value = f'{name}={first["input"] if named else reprlib.repr(first["input"])}'
     known = fields.get(name, {})
     if first['type'] in ('unexpected_keyword_argument', 'extra_forbidden'):
