@@ -386,7 +386,7 @@ def tokens_matter(
         t = main_tensor(out).clone()
         places = grid.to_map(t)[1:]
         noise = torch.randn(places.shape, generator=torch.Generator().manual_seed(0)).to(places)
-        places.add_(noise*places.std())
+        places.add_(noise*(places.std() + 1)) # a norm may begin with zeros
         return swap_tensor(out, t)
     with untouched(model), model.get_submodule(name).register_forward_hook(disturb):
         outs = [t for t in _tensors(model(_probe(x)[:1].repeat(2, 1, 1, 1))) if t.is_floating_point() and len(t) == 2]
