@@ -76,7 +76,7 @@ class HalfPrecision(Callback):
             device,dtype = next(self.model.parameters()).device.type,self.dtype
             def halved(x):
                 with torch.autocast(device, dtype): out = forward(x.contiguous(memory_format=torch.channels_last))
-                return out.float()
+                return to_float(out)  # a tuple, list or dict too
             self._made = forward,halved
         return self._made[1]
 
