@@ -18,8 +18,9 @@ from scipy.stats import binomtest
 
 from .core import InputError
 from .augment import TTA
-from .precision import keep_memory
+from .precision import full_float32, keep_memory
 from .parallel import whole_batch
+from .recorder import shows_bars
 
 # %% ../nbs/18b_evaluate.ipynb #5a8f55a9
 @torch.no_grad()
@@ -27,16 +28,19 @@ def predict_loader(
     learn:Learner, # its network predicts
     dl, # loader of images and targets
     view=None, # batch → the same images seen otherwise: see `TTA`
-    bf16:bool=False, # compute in bfloat16; the logits are float32 either way
+    dtype:torch.dtype=None, # compute in this half precision; the logits are float32 either way
 ) -> tuple:
     """Logits and targets of all images of `dl`, on the CPU; in several processes, `dl` is a `shard_loader` and all
     get all of them"""
     logits,targets = [],[]
-    learn.model.eval()
-    for i,(x,y) in enumerate(progress_bar(dl, leave=False, display=not rank_distrib())):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): out = learn.model(view(x) if view else x)
-        logits.append(whole_batch(dl, i, out.float()).cpu())
-        targets.append(whole_batch(dl, i, y).cpu())
+    learn.model.to(dl.device).eval()
+    show = shows_bars() and not rank_distrib()
+    with full_float32():
+        for i,(x,y) in enumerate(progress_bar(dl, leave=False, display=show)):
+            with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+                out = learn.model(view(x) if view else x)
+            logits.append(whole_batch(dl, i, out.float()).cpu())
+            targets.append(whole_batch(dl, i, y).cpu())
     return torch.cat(logits).as_subclass(torch.Tensor), torch.cat(targets).as_subclass(torch.Tensor)
 
 # %% ../nbs/18b_evaluate.ipynb #da8beccd
@@ -92,11 +96,11 @@ def evaluate_learner(
 ) -> dict:
     """Accuracy (plain, with its interval, with flip TTA, with all views of `tta`, of each class), loss and
     calibration error on `dl`"""
-    bf16 = hasattr(learn, 'bf16')
+    half = learn.half_precision.dtype if hasattr(learn, 'half_precision') else None
     learn.model.to(memory_format=torch.contiguous_format)  # another layout sums in another order: other last bits
     logits,targets = predict_loader(learn, dl)
-    if bf16: learn.model.to(memory_format=torch.channels_last)
-    seen = [logits, *(predict_loader(learn, dl, view, bf16)[0] for view,_ in TTA[tta][1:])]
+    if half: learn.model.to(memory_format=torch.channels_last)
+    seen = [logits, *(predict_loader(learn, dl, view, half)[0] for view,_ in TTA[tta][1:])]
     learn.model.to(memory_format=torch.contiguous_format)
     hit = logits.argmax(1)==targets
     averaged = sum(weight*l for (_,weight),l in zip(TTA[tta], seen)).argmax(1)==targets

@@ -22,6 +22,7 @@ from scipy.stats import t as student_t
 from .core import check_seed, InputError, Seed, sha256, write_json
 from .images import data_checksum, data_path
 from .schedule import plot_triangle
+from .precision import pick_precision
 from .parallel import from_all, from_first, join_processes, leave_processes, one_process
 from .recipe import AS_PUBLISHED, change_recipe, find_recipe, Recipe
 from .run import (check_parts, environment, fit_run, folder_for, load_run, new_run_folder, read_record,
@@ -156,7 +157,9 @@ def _environment(r, data, device, seed, published_protocol, tensorboard):
     n = max(1, num_distrib())
     check_parts(r, n)
     protocol = published_protocol or r.name.endswith(AS_PUBLISHED)
-    return dict(environment(data, device, seed), processes=n, published_protocol=protocol, tensorboard=tensorboard)
+    env = environment(data, device, seed)
+    return dict(env, precision=pick_precision(r.precision, env['device']), processes=n, published_protocol=protocol,
+                tensorboard=tensorboard)
 
 def _begin_run(path, r, env, decisions=None):
     with _kept_if_begun(path):

@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 from fastai.callback.tracker import TrackerCallback
 from fastai.vision.all import Callback, get_model, rank_distrib
+from safetensors.torch import save
 
 from .core import InputError, save_atomically
-from .evaluate import predict_loader, save_weights
+from .evaluate import predict_loader
 
 # %% ../nbs/18c_history.ipynb #19readhi
 def read_history(
@@ -44,6 +45,11 @@ class History(Callback):
     ): self.path,self.rows = Path(path),[]
     def before_fit(self):
         self.rows = read_history(self.path).to_dict('records') if self.path.exists() else []
+    def state_dict(self) -> dict: return dict(rows=self.rows)
+    def load_state_dict(self, state):
+        "The rows of a checkpoint: a file that a program copied here may be older, or newer"
+        self.rows = state['rows']
+        self._write()
     def before_epoch(self): self.start,self.rows = time.perf_counter(),self.rows[:self.epoch]
     def after_train(self): self.trained = time.perf_counter() - self.start
     def after_epoch(self):
@@ -53,21 +59,31 @@ class History(Callback):
             row['test_accuracy'] = (logits.argmax(1)==targets).double().mean().item()
         self.rows.append(dict(row, train_seconds=round(self.trained, 2),
                               seconds=round(time.perf_counter() - self.start, 2)))
-        save_atomically(lambda f: pd.DataFrame(self.rows).to_csv(f, index=False), self.path)
+        self._write()
+    def _write(self): save_atomically(lambda f: pd.DataFrame(self.rows).to_csv(f, index=False), self.path)
 
 # %% ../nbs/18c_history.ipynb #19keepbe
 class KeepBest(TrackerCallback):
-    "Write the weights to `path` whenever the accuracy on the validation images reaches a new best"
+    """Write the weights to `path` whenever the accuracy on the validation images reaches a new best. A checkpoint
+    holds them too: it and `path` may have been copied at different times"""
     def __init__(self,
         path:Path, # the .safetensors file
     ):
         super().__init__('valid_accuracy')
         self.path = Path(path)
+    def state_dict(self) -> dict: return dict(weights=self.weights)
+    def load_state_dict(self, state):
+        self.weights = state['weights']
+        self._write()
+    def _write(self): save_atomically(lambda f: f.write_bytes(save(self.weights)), self.path)
+
     def after_epoch(self):
         before = self.best
         super().after_epoch()
         if not self.new_best: return
-        save_atomically(lambda f: save_weights(get_model(self.model), f), self.path)
+        state = get_model(self.model).state_dict()
+        self.weights = {k: v.detach().cpu().contiguous().clone() for k,v in state.items()}
+        self._write()
         images = 'held-out' if len(self.dls.loaders) > 2 else 'test'
         if isfinite(before) and not rank_distrib():
             print(f'{images} accuracy {100*before:.2f} → {100*self.best:.2f}, saved')

@@ -24,8 +24,8 @@ from torch import nn
 from .core import check_seed, InputError, keep_random, save_atomically
 from .models import build_model
 from .optimizers import opt_func
-from .optimizers import has_bf16
-from .precision import Bf16, keep_memory
+from .precision import (fast_convolutions, forget_batch, full_float32, HalfPrecision, keep_memory,
+                                 pick_precision)
 from .parallel import from_first
 from .callbacks import CheckOutputs, StopOnNaN
 from .recorder import Accuracy, CrossEntropy, LightProgress, LightRecorder, shows_bars
@@ -101,14 +101,10 @@ def _whole_after(learn):
             learn.recorder.losses = [torch.as_tensor(o).cpu() for o in getattr(learn.recorder, 'losses', [])]
         for cb in learn.cbs:
             cb.run = True
-            if hasattr(type(cb), '_unwrap'): cb._unwrap()  # half precision
+            if hasattr(type(cb), 'restore'): cb.restore()  # half precision, a compiled network
 
 def _refuse_batch(learn):
-    "Raises InputError for a batch too large for the GPU, and keeps nothing of it"
-    learn._end_cleanup()
-    learn.loss_grad = None
-    for p in learn.model.parameters(): p.grad = None
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    "Raises InputError for a batch too large for the GPU"
     bs = learn.dls.bs*max(1, num_distrib())
     raise InputError(f"the GPU's memory does not hold a batch of {bs} images: try half, bs={bs//2}")
 
@@ -139,6 +135,7 @@ class CifarLearner(Learner):
         for cb in self._waiting[event_name]: cb(event_name)
 
     def create_opt(self):
+        self.model.to(self.dls.device)  # PyTorch chooses a fused optimizer by where the parameters are
         super().create_opt()
         if type(self.opt) is OptimWrapper: self.opt.__class__ = TorchOptimizer  # the object itself: others may hold it
 
@@ -146,12 +143,14 @@ class CifarLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         finder,full = any(isinstance(cb, LRFinder) for cb in L(cbs)),False
         try:
-            with keep_random(), keep_memory(), _whole_after(self):
+            with keep_random(), keep_memory(), fast_convolutions(), _whole_after(self):
                 self.first_epoch = 0
                 self._begin(0 if finder else start_epoch, finder)
                 super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
                 if not finder: self.unfinished = None
-        except torch.OutOfMemoryError: full = True  # what is raised here would keep this error, and its step's tensors
+        except torch.OutOfMemoryError as e:
+            forget_batch(self, e)
+            full = True  # what is raised here would keep this error, and with it the step's tensors
         if full: _refuse_batch(self)
 
     def _begin(self, start_epoch, finder):
@@ -185,7 +184,7 @@ class CifarLearner(Learner):
     def get_preds(self, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None,
                   inner=False, reorder=True, cbs=None, **kwargs):
         draws = inner or _augments(self.dls[ds_idx] if dl is None else dl)
-        with nullcontext() if draws else _keep_undrawn(), keep_memory():
+        with nullcontext() if draws else _keep_undrawn(), keep_memory(), full_float32():
             return super().get_preds(ds_idx, dl, with_input, with_decoded, with_loss, act, inner, reorder, cbs,
                                      **kwargs)
 
@@ -288,7 +287,7 @@ class Checkpoint(Callback):
         for cb in self._watchers():
             kept = state['watchers'][cb.name]
             cb.__dict__.update({k: kept[k] for k in self._watched if k in kept})
-        for cb in self._keepers(): cb.load_state_dict(state['callbacks'][cb.name])
+        for cb in self._keepers(): cb.load_state_dict(state['callbacks'].get(cb.name, {}))
         smooth = self.recorder.smooth_loss
         smooth.count,smooth.val = state['smooth_loss'][0],state['smooth_loss'][1].to(self.dls.device)
         self.learn.first_epoch = epoch
@@ -309,7 +308,7 @@ class Checkpoint(Callback):
 def _plain_images(dls, n):
     "About `n` training images of all classes, normalised but not augmented"
     items = dls.train_ds.items[::max(1, len(dls.train_ds)//n)]
-    return dls.test_dl(items, bs=len(items)).one_batch()[0].as_subclass(torch.Tensor).cpu()
+    return dls.test_dl(items, bs=len(items)).one_batch()[0].as_subclass(torch.Tensor)
 
 def _loss_and_metrics(dls, label_smoothing):
     "What fits the labels of `dls`"
@@ -334,7 +333,8 @@ def cifar_learner(
     opt:str='nesterov', # optimizer: see `OPTIMIZERS`
     wd:float=5e-4, # weight decay; 5e-4 is what CIFAR-10 ResNets are mostly trained with
     label_smoothing:float=0., # share of the target spread over all classes
-    bf16:bool=None, # bfloat16 and channels last; None: where the processor is made for it
+    precision:str='auto', # what the forward pass is computed in: see `pick_precision`
+    bf16:bool=None, # the older way to ask: True is 'bfloat16', False is 'float32'
     seed:int=0, # for the first weights and each epoch's random numbers
     cbs:list=(), # more callbacks
     path:str|Path='.', # where `models/` is made by `save` and `lr_find`
@@ -349,9 +349,10 @@ def cifar_learner(
             torch.manual_seed(seed)
             model = build_model(arch, _outputs(dls), norm)
             if hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))
-    if bf16 is None: bf16 = has_bf16(dls.device)
+    precision = pick_precision(precision, dls.device, bf16)
+    half = [] if precision=='float32' else [HalfPrecision(precision)]
     basic = [TrainEvalCallback(), CastToTensor(), LightRecorder(), LightProgress()]
-    ours = [SeedEpochs(seed), CheckOutputs(), StopOnNaN(), *[Bf16()]*bf16]
+    ours = [SeedEpochs(seed), CheckOutputs(), StopOnNaN(), *half]
     usual = dict(opt_func=opt_func(opt), **_loss_and_metrics(dls, label_smoothing))
     return CifarLearner(dls, model, wd=wd, path=path, cbs=[*basic, *ours, *L(cbs)], default_cbs=False,
                         **{**usual, **kwargs})

@@ -30,6 +30,7 @@ from .augment import albumentations_augment, AlternatingFlip, cifar_augment, loa
 from .loaders import cifar_dls
 from .models import build_model, count_parameters, MODELS, NORMS
 from .optimizers import OPTIMIZERS
+from .precision import Compiled, deterministic_algorithms, PRECISIONS
 from .schedule import find_lrs, Plateau, step_schedule
 from .callbacks import FreezeWhitening, L1Penalty, mix_callbacks, ProgressiveResize, WeightAverage
 from .learner import cifar_learner
@@ -114,6 +115,9 @@ class Recipe:
     mixup: Annotated[float, Field(ge=0, le=10)] = 0. # mix pairs of images: MixUp's α; 0 for none
     cutmix: Annotated[float, Field(ge=0, le=10)] = 0. # paste a part of another image: CutMix's α; 0 for none
     ema: Annotated[float, Field(ge=0, lt=1)] = 0. # decay of averaged weights, such as .999; 0 for none
+    precision: Annotated[str, one_of(PRECISIONS)] = 'auto' # of the forward pass: see `pick_precision`
+    deterministic: bool = False # a GPU repeats its numbers, more slowly; a CPU does so anyway
+    compile: bool = False # train the network compiled: see `Compiled`
     keep_best: bool = False # end with the best checkpoint instead of the last epoch
     hold_out: Annotated[float, Field(ge=.001, le=.9)] = .1 # share of train to choose by, where something is chosen
     published: float|None = None # accuracy of the published experiment, in percent
@@ -320,7 +324,9 @@ def recipe_learner(
     if r.resize: cbs.append(ProgressiveResize([int(s) for s in r.resize.split(',')]))
     cbs += mix_callbacks(r.mixup, r.cutmix)
     if r.ema: cbs.append(WeightAverage(r.ema))
-    return cifar_learner(dls, r.arch, r.norm, r.opt, r.wd, r.label_smoothing, seed=seed, cbs=cbs, **kwargs)
+    if r.compile: cbs.append(Compiled())
+    return cifar_learner(dls, r.arch, r.norm, r.opt, r.wd, r.label_smoothing, seed=seed, cbs=cbs,
+                         **{'precision': r.precision, **kwargs})
 
 # %% ../nbs/18_recipe.ipynb #b1cd9bdd
 @contextmanager
@@ -341,7 +347,7 @@ def pick_lrs(
     """`(lr_min, lr)` of `r`: as it says, or found: fastai's valley for a plateau, steps and a constant rate, else
     the ends of Smith's range"""
     if r.lr!='find' and (r.schedule!='triangle' or r.lr_min!='find'): return r.lr_min, r.lr
-    with _working_in_a_temporary_folder(learn):
+    with _working_in_a_temporary_folder(learn), deterministic_algorithms(r.deterministic):
         if r.schedule in ('plateau', 'steps', 'constant'): found = None,learn.lr_find(show_plot=show_plot).valley
         else: found = find_lrs(learn, show_plot=show_plot)
     return tuple(f if o=='find' else o for o,f in zip((r.lr_min, r.lr), found))
@@ -356,10 +362,11 @@ def fit_recipe(
     "Train `learn` by the schedule of `r`"
     lr_min,lr = lrs
     n,cbs = r.epochs,list(cbs)
-    if   r.schedule=='one-cycle':   learn.fit_one_cycle(n, lr, div=r.div, pct_start=r.pct_start, cbs=cbs)
-    elif r.schedule=='triangle':    learn.fit_triangle(n, lr_min, lr, peak=r.pct_start*n, cbs=cbs)
-    elif r.schedule=='flat-cosine': learn.fit_flat_cos(n, lr, pct_start=r.pct_start, cbs=cbs)
-    else:                           learn.fit(n, lr, cbs=[*_schedule(r, lr), *cbs])
+    with deterministic_algorithms(r.deterministic):
+        if   r.schedule=='one-cycle':   learn.fit_one_cycle(n, lr, div=r.div, pct_start=r.pct_start, cbs=cbs)
+        elif r.schedule=='triangle':    learn.fit_triangle(n, lr_min, lr, peak=r.pct_start*n, cbs=cbs)
+        elif r.schedule=='flat-cosine': learn.fit_flat_cos(n, lr, pct_start=r.pct_start, cbs=cbs)
+        else:                           learn.fit(n, lr, cbs=[*_schedule(r, lr), *cbs])
 
 def _schedule(r, lr):
     "The callback that moves the learning rate, for what is no fit of its own"

@@ -27,6 +27,7 @@ from .core import (check_seed, InputError, one_of, remove_leftovers, Seed, save_
 from .images import CIFAR10, data_checksum, data_path
 from .augment import TTA
 from .models import build_model, count_parameters
+from .precision import deterministic_algorithms, PRECISIONS
 from .parallel import data_parallel, from_first, leave_processes, one_process
 from .learner import Checkpoint
 from .interpret import CamInterpretation
@@ -132,6 +133,8 @@ class EnvRecord(_Record):
     tensorboard: bool = Field(False, description='TensorBoard logs were asked for')
     processor: str|None = Field(None, description='the name of processor or GPU')
     processes: _Count = Field(1, description='processes that trained together')
+    precision: Annotated[str, one_of(PRECISIONS)]|None = Field(
+        None, description='what the forward pass of the training was computed in')
 
 class MetricsRecord(_Record):
     "metrics.json: what a finished run reached"
@@ -290,7 +293,10 @@ class Run:
     @cached_property
     def learn(self) -> Learner:
         "The `Learner`, with the trained weights if the run is finished"
-        learn = recipe_learner(self.recipe, self.dls, self.env['seed'], path=self.path)
+        # a training goes on in the precision in which it began; to look at it, that of this device will do
+        begun = None if self.finished else self.env.get('precision')
+        learn = recipe_learner(self.recipe, self.dls, self.env['seed'], path=self.path,
+                               precision=begun or self.recipe.precision)
         if self.finished: load_weights(learn.model, self.path/'weights.safetensors')
         return learn
 
@@ -394,7 +400,8 @@ def _finish(run):
                      best_train_accuracy=float(run.history.train_accuracy.max()), **image_format(learn.dls))
         note = getattr(learn.dls, 'test_note', '')
         if note: about |= dict(chosen_on=f'{run.chosen_on}; {note}', test_note=note)
-        write_json(dict(evaluate_learner(learn, learn.dls[-1], r.tta), **about), path/'metrics.json')
+        with deterministic_algorithms(r.deterministic): reached = evaluate_learner(learn, learn.dls[-1], r.tta)
+        write_json(reached | about, path/'metrics.json')
     dls,run = vars(run).get('dls'),load_run(run.path, run.moved_to)
     if dls is not None: run.dls = dls  # read once
     return run

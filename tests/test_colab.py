@@ -239,9 +239,7 @@ def test_a_new_session_goes_on_from_the_copy_that_drive_kept(colours, drive, tmp
     same(experiment.run_or_resume(Recipe('drive', **RECIPE), colours, other, published_protocol=True, device='cpu'), whole)
 
 
-PARTLY = pytest.mark.xfail(reason='a resumed run takes what lies there: rows of the history are lost, or weights of another epoch are kept, without a word')
-
-@pytest.mark.parametrize('name', ['checkpoint.pt', pytest.param('history.csv', marks=PARTLY), pytest.param('best.safetensors', marks=PARTLY)])
+@pytest.mark.parametrize('name', ['checkpoint.pt', 'history.csv', 'best.safetensors'])
 def test_a_file_that_was_not_copied_in_time_changes_no_number_in_silence(colours, drive, tmp_path, monkeypatch, name):
     "The machine was gone when the cloud had all of the last epoch but `name`, which is the first epoch's"
     whole = train(colours, tmp_path/'whole')

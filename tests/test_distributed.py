@@ -22,20 +22,20 @@ from cifar_cam.parallel import from_first, one_process, shard_loader
 # A network whose numbers do not depend on which images stand beside one another, and a run without its pictures
 TINY = textwrap.dedent('''
     import matplotlib; matplotlib.use('Agg')
-    import cifar_cam.experiment, cifar_cam.learner, cifar_cam.run
+    import cifar_cam.experiment, cifar_cam.precision, cifar_cam.run
     import fastprogress.fastprogress; fastprogress.fastprogress.NO_BAR = True
     from torch import nn
     from cifar_cam.models import MODELS
     MODELS['tiny'] = lambda n_out=10, norm='batch': nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU(),
                                                                   nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, n_out))
-    cifar_cam.learner.has_bf16 = lambda device: False
+    cifar_cam.precision.has_bf16 = lambda device: False
     cifar_cam.experiment.draw_run = cifar_cam.experiment.write_report = lambda run: None
 ''')
 SETTINGS = dict(name='tiny', arch='tiny', epochs=3, bs=32, augment='none', schedule='plateau', patience=1, keep_best=True, hold_out=.09)
 TWO = TINY + textwrap.dedent('''
     import json, os, sys, torch
     from pathlib import Path
-    from fastai.vision.all import Callback, rank_distrib
+    from fastai.vision.all import Callback, get_model, rank_distrib
     from cifar_cam.core import InputError
     from cifar_cam.experiment import run_recipe, run_seeds, train_run
     from cifar_cam.learner import SeedEpochs
@@ -54,7 +54,7 @@ TWO = TINY + textwrap.dedent('''
     learns,dtypes,fit = [],[],cifar_cam.run.fit_recipe
     def fit_recipe(learn, *args):
         learns.append(learn)
-        hook = cifar_cam.run.get_model(learn.model)[0].register_forward_hook(lambda module, inputs, out: dtypes.append((module.training, str(out.dtype))))
+        hook = get_model(learn.model)[0].register_forward_hook(lambda module, inputs, out: dtypes.append((module.training, str(out.dtype))))
         fit(learn, *args)
         hook.remove()
     cifar_cam.run.fit_recipe = fit_recipe
@@ -72,7 +72,7 @@ TWO = TINY + textwrap.dedent('''
     except InputError as e: note['diverged'] = str(e)
     StopOnNaN.after_loss = check
     note['seeds'] = run_seeds(r, data, out, 5, 3, epochs=1, lr=.02).name
-    cifar_cam.learner.has_bf16 = lambda device: True
+    cifar_cam.precision.has_bf16 = lambda device: True
     dtypes.clear()
     run = run_recipe(r, data, out/'bf16', epochs=1, lr=.02)
     note['dtypes'] = sorted({dtype for training,dtype in dtypes if training})
@@ -148,11 +148,11 @@ def test_one_process_does_not_wait_for_others_and_the_first_writes(tmp_path, mon
 @pytest.fixture(scope='module')
 def tiny():
     "The same network and runs without pictures in this process"
-    import cifar_cam.experiment, cifar_cam.learner
+    import cifar_cam.experiment, cifar_cam.precision
     import fastprogress.fastprogress as fastprogress
     with pytest.MonkeyPatch.context() as mp:
         mp.setitem(MODELS, 'tiny', None)
-        for m,name in (cifar_cam.experiment, 'draw_run'), (cifar_cam.experiment, 'write_report'), (cifar_cam.learner, 'has_bf16'), (fastprogress, 'NO_BAR'):
+        for m,name in (cifar_cam.experiment, 'draw_run'), (cifar_cam.experiment, 'write_report'), (cifar_cam.precision, 'has_bf16'), (fastprogress, 'NO_BAR'):
             mp.setattr(m, name, None)
         exec(TINY, {})
         yield

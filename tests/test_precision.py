@@ -145,23 +145,23 @@ def test_the_scaler_goes_on_from_a_checkpoint_to_the_same_bits(opt, tmp_path):
     expected = train(whole, epochs=2)
     first = small_learner([HalfPrecision('float16'), spoil()], opt=opt)
     train(first, epochs=1)
-    torch.save(dict(model=first.model.state_dict(), opt=first.opt.state_dict(), scaler=first.half_precision.scaler_state()), tmp_path/'c.pt')
+    torch.save(dict(model=first.model.state_dict(), opt=first.opt.state_dict(), scaler=first.half_precision.state_dict()), tmp_path/'c.pt')
     state = torch.load(tmp_path/'c.pt', weights_only=True)   # nothing but numbers
     second = small_learner([HalfPrecision('float16')], opt=opt)
     class Restore(Callback):
         order = 70
         def before_fit(self):
             self.model.load_state_dict(state['model']); self.opt.load_state_dict(state['opt'])
-            self.half_precision.load_scaler_state(state['scaler'])
+            self.half_precision.load_state_dict(state['scaler'])
     assert same(train(second, epochs=1, cbs=Restore()), expected)
-    assert second.half_precision.scaler_state() == whole.half_precision.scaler_state() and second.half_precision.skipped == 1
+    assert second.half_precision.state_dict() == whole.half_precision.state_dict() and second.half_precision.skipped == 1
 
 
 def test_bfloat16_has_no_scaler_and_ignores_one():
     learn = small_learner([HalfPrecision('bfloat16')])
     train(learn, epochs=1)
-    assert learn.half_precision.scaler_state() == {} and learn.half_precision.skipped == 0
-    learn.half_precision.load_scaler_state(dict(scale=4.))
+    assert learn.half_precision.state_dict() == {} and learn.half_precision.skipped == 0
+    learn.half_precision.load_state_dict(dict(scale=4.))
     assert learn.half_precision.scaler is None
 
 

@@ -111,7 +111,7 @@ def test_the_published_protocol_is_said_wherever_its_accuracy_is(shapes, tmp_pat
 
 
 def test_the_published_protocol_chooses_by_the_test_images_everywhere(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr('cifar_cam.learner.has_bf16', lambda device: False)   # while training, bfloat16 may see an image otherwise than float32 afterwards
+    monkeypatch.setattr('cifar_cam.precision.has_bf16', lambda device: False)   # while training, bfloat16 may see an image otherwise than float32 afterwards
     r = tiny_recipe(epochs=1, keep_best=True)
     run = run_recipe(r, shapes, tmp_path/'one', published_protocol=True)
     assert [len(dl.dataset) for dl in run.dls.loaders] == [300, 100] and 'test_accuracy' not in run.history
@@ -245,7 +245,7 @@ def test_the_published_curve_is_drawn_behind_ours(shapes, tmp_path, monkeypatch,
 
 
 def test_the_last_row_of_the_history_is_what_is_measured_in_the_end(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr('cifar_cam.learner.has_bf16', lambda device: False)
+    monkeypatch.setattr('cifar_cam.precision.has_bf16', lambda device: False)
     held,whole = (run_recipe(tiny_recipe(schedule=s), shapes, tmp_path/s) for s in ('plateau', 'one-cycle'))
     last,valid = held.history.iloc[-1],evaluate_learner(held.learn, held.dls[1])
     assert valid['images'] == 30 and last.valid_accuracy == pytest.approx(valid['accuracy'], abs=1e-6)
@@ -288,7 +288,7 @@ def test_only_the_further_views_are_computed_in_bfloat16(shapes, tmp_path):
 
 
 def test_the_best_epoch_is_kept(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr('cifar_cam.learner.has_bf16', lambda device: False)   # while training, bfloat16 may see an image otherwise than float32 afterwards
+    monkeypatch.setattr('cifar_cam.precision.has_bf16', lambda device: False)   # while training, bfloat16 may see an image otherwise than float32 afterwards
     before = SeedEpochs.before_train
     def spoil(self):
         before(self)

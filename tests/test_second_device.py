@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xfail(reason='the Learner does not use HalfPrecision and the wait-free parts yet')
-
 from cifar_cam.recipe import RECIPES
 
 HERE = Path(__file__).parent

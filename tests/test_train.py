@@ -14,7 +14,7 @@ from cifar_cam.schedule import find_lrs, Plateau
 from cifar_cam.core import save_atomically
 from cifar_cam.optimizers import Muon, newton_schulz, OPTIMIZERS
 from cifar_cam.optimizers import has_bf16
-from cifar_cam.precision import Bf16, keep_memory
+from cifar_cam.precision import HalfPrecision, keep_memory
 from cifar_cam.callbacks import FreezeWhitening, L1Penalty, plot_update_ratios, ProgressiveResize, StopOnNaN, UpdateRatio
 from cifar_cam.learner import Checkpoint, cifar_learner, SeedEpochs
 from cifar_cam.recorder import _DeviceSmoothLoss as DeviceSmoothLoss
@@ -241,7 +241,7 @@ def test_bf16_is_near_float32(shapes, tmp_path):
 def test_bf16_is_chosen_where_the_processor_is_made_for_it(shapes, tmp_path, monkeypatch, avx, amx):
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx)
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
-    assert bool(tiny_learner(shapes, tmp_path, bf16=None)._grab_cbs(Bf16)) == (avx or amx)
+    assert bool(tiny_learner(shapes, tmp_path, bf16=None)._grab_cbs(HalfPrecision)) == (avx or amx)
 
 
 def test_a_gpu_that_only_emulates_bf16_trains_in_float32(monkeypatch):
@@ -324,7 +324,6 @@ def test_update_ratios_of_a_training_that_gathers_gradients(shapes, tmp_path):
     assert len(cb.ratios['0.weight']) == len(cb.steps) == len(learn.dls.train)//2
 
 
-@pytest.mark.xfail(reason='written for the optimizers before hypers were written through; to be settled')
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 def test_every_optimizer_learns_and_takes_a_schedule(colours, tmp_path, opt):
     dls = cifar_dls(colours, bs=32)
