@@ -140,9 +140,10 @@ def run_recipe(
     **changes, # settings of the recipe that shall differ; `as_published=True` takes those of the published experiment
 ) -> Run:
     "Train a recipe and write everything about it into a new run folder. Raises InputError before anything is written"
+    processes = max(1, num_distrib())  # `begin` runs as if the first process were alone
     def begin():
         r = _changed(recipe, changes)
-        env = _environment(r, data, device, seed, published_protocol, tensorboard)
+        env = _environment(r, data, device, seed, published_protocol, tensorboard, processes)
         path = new_run_folder(r.name, out)
         _begin_run(path, r, env, decisions)
         return path
@@ -153,12 +154,11 @@ def run_recipe(
 def _changed(recipe, changes):
     return change_recipe(recipe, **changes) if isinstance(recipe, Recipe) else find_recipe(recipe, **changes)
 
-def _environment(r, data, device, seed, published_protocol, tensorboard):
-    n = max(1, num_distrib())
-    check_parts(r, n)
+def _environment(r, data, device, seed, published_protocol, tensorboard, processes=1):
+    check_parts(r, processes)
     protocol = published_protocol or r.name.endswith(AS_PUBLISHED)
     env = environment(data, device, seed)
-    return dict(env, precision=pick_precision(r.precision, env['device']), processes=n, published_protocol=protocol,
+    return dict(env, precision=pick_precision(r.precision, env['device']), processes=processes, published_protocol=protocol,
                 tensorboard=tensorboard)
 
 def _begin_run(path, r, env, decisions=None):
@@ -189,6 +189,7 @@ def run_or_resume(
     path:str|Path=None, # the run's folder; None: `runs/<recipe's name>`
     seed:int=0, # see `run_recipe`
     published_protocol:bool=False, # see `run_recipe`
+    tensorboard:bool=False, # see `run_recipe`
     device=None, # see `run_recipe`
     **changes, # see `run_recipe`
 ) -> Run:
@@ -198,7 +199,7 @@ def run_or_resume(
     if (path/'recipe.json').exists():
         _check_same(load_run(path, data), r, data, seed)
         return load_run(path, data) if load_run(path).finished else train_run(path, data)
-    env = _environment(r, data, device, seed, published_protocol, False)
+    env = _environment(r, data, device, seed, published_protocol, tensorboard)
     with folder_for(path.parent):
         path.mkdir(exist_ok=True)
         _begin_run(path, r, env)
