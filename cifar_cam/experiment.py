@@ -158,8 +158,8 @@ def _environment(r, data, device, seed, published_protocol, tensorboard, process
     check_parts(r, processes)
     protocol = published_protocol or r.name.endswith(AS_PUBLISHED)
     env = environment(data, device, seed)
-    return dict(env, precision=pick_precision(r.precision, env['device']), processes=processes, published_protocol=protocol,
-                tensorboard=tensorboard)
+    return dict(env, precision=pick_precision(r.precision, env['device']), processes=processes,
+                published_protocol=protocol, tensorboard=tensorboard)
 
 def _begin_run(path, r, env, decisions=None):
     with _kept_if_begun(path):
