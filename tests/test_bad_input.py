@@ -1,4 +1,4 @@
-"What a careless user may type: it works, or ends in one line that names the value and the mend, and leaves nothing"
+"What a careless user may type: it works, or ends in one line that names the value and how to fix it, and leaves nothing"
 import errno, json, os, shutil
 from pathlib import Path
 

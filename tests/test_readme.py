@@ -29,6 +29,12 @@ def test_the_files_that_readme_points_to_are_there():
         if '://' not in link: assert (ROOT/link).exists(), link
 
 
+def test_what_may_go_wrong_is_what_the_tests_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'docs')
+    import reliability
+    assert (ROOT/'docs'/'reliability.md').read_text() == reliability.page(), 'run python docs/reliability.py'
+
+
 def test_the_table_of_results_is_what_the_records_say(monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'docs')
     import tables
