@@ -51,7 +51,7 @@ def _draw_curve(ax, x, y, c, ls): ax.plot(x, y, c=c, ls=ls, lw=1.8 if c[0]=='C' 
 def _label_ends(ax, ends):
     "Names at the right ends of curves, moved apart where they would touch"
     low,high = ax.get_ylim()
-    step,last = (high - low)*.085,-float('inf')
+    step,last = (high - low)*.05,-float('inf')
     for y,x,label,c in sorted(ends):
         last = max(y, last + step)
         ax.annotate(label, (x, y), xytext=(1.01, (last - low)/(high - low)), textcoords='axes fraction', color=c,
