@@ -12,15 +12,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastai.vision.all import DataLoaders, first, Learner, Normalize, rank_distrib
-from fastprogress import progress_bar
 from safetensors.torch import load, save
 from scipy.stats import binomtest
 
-from .core import InputError
+from .core import InputError, with_bar
 from .augment import TTA
 from .precision import full_float32, keep_memory
 from .parallel import whole_batch
-from .recorder import shows_bars
 
 # %% ../nbs/18b_evaluate.ipynb #5a8f55a9
 @torch.no_grad()
@@ -34,9 +32,8 @@ def predict_loader(
     get all of them"""
     logits,targets = [],[]
     learn.model.to(dl.device).eval()
-    show = shows_bars() and not rank_distrib()
     with full_float32():
-        for i,(x,y) in enumerate(progress_bar(dl, leave=False, display=show)):
+        for i,(x,y) in enumerate(with_bar(dl, show=not rank_distrib())):
             with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
                 out = learn.model(view(x) if view else x)
             logits.append(whole_batch(dl, i, out.float()).cpu())

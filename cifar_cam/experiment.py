@@ -135,6 +135,7 @@ def run_recipe(
     seed:int=0, # the same recipe, seed and machine give the same numbers
     published_protocol:bool=False, # choose by the test set, as the published experiments did
     tensorboard:bool=False, # TensorBoard logs in the run's folder; needs the package tensorboard
+    wandb:bool=False, # log to Weights & Biases; needs the package wandb
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
     decisions:str|Path=None, # a table of training labels that are changed or dropped: see `read_decisions`
     **changes, # settings of the recipe that shall differ; `as_published=True` takes those of the published experiment
@@ -144,6 +145,7 @@ def run_recipe(
     def begin():
         r = _changed(recipe, changes)
         env = _environment(r, data, device, seed, published_protocol, tensorboard, processes)
+        if wandb: env['wandb'] = True
         path = new_run_folder(r.name, out)
         _begin_run(path, r, env, decisions)
         return path

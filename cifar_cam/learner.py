@@ -21,14 +21,14 @@ from fastai.vision.all import (accuracy_multi, BCEWithLogitsLossFlat, Callback, 
                                get_model, L, Learner, num_distrib, OptimWrapper, rank_distrib, TrainEvalCallback)
 from torch import nn
 
-from .core import check_seed, InputError, keep_random, save_atomically
+from .core import check_seed, InputError, keep_random, save_atomically, shows_bars
 from .models import build_model
 from .optimizers import opt_func
 from .precision import (fast_convolutions, forget_batch, full_float32, HalfPrecision, keep_memory,
                                  pick_precision)
 from .parallel import from_first
 from .callbacks import CheckOutputs, StopOnNaN
-from .recorder import Accuracy, CrossEntropy, LightProgress, LightRecorder, shows_bars
+from .recorder import Accuracy, CrossEntropy, LightProgress, LightRecorder
 
 # %% ../nbs/10_learner.ipynb #10bopt1c
 class _Settings(MutableMapping):

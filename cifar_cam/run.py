@@ -9,7 +9,7 @@ __all__ = ['new_run_folder', 'folder_for', 'environment', 'EnvRecord', 'MetricsR
 # %% ../nbs/19_run.ipynb #19imp1r
 import json, os, platform, reprlib, shlex, time
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cached_property, wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ from .learner import Checkpoint
 from .interpret import CamInterpretation
 from .recipe import chooses, fit_recipe, load_published, pick_lrs, Recipe, recipe_dls, recipe_learner
 from .evaluate import evaluate_learner, image_format, load_weights, save_weights
-from .history import History, KeepBest, read_history, tensorboard_logs
+from .history import History, KeepBest, read_history, tensorboard_logs, wandb_logs
 
 # %% ../nbs/19_run.ipynb #327ffeab
 def new_run_folder(
@@ -131,6 +131,7 @@ class EnvRecord(_Record):
     device: str = Field(description='cpu, cuda, ...')
     published_protocol: bool = Field(description='chosen by the test set, as the published experiments did')
     tensorboard: bool = Field(False, description='TensorBoard logs were asked for')
+    wandb: bool = Field(False, description='Weights & Biases was asked for')
     processor: str|None = Field(None, description='the name of processor or GPU')
     processes: _Count = Field(1, description='processes that trained together')
     precision: Annotated[str, one_of(PRECISIONS)]|None = Field(
@@ -389,6 +390,7 @@ def _fit(run):
     cbs = [History(path/'history.csv'), Checkpoint(path/'checkpoint.pt'),
            *[KeepBest(path/'best.safetensors')]*r.keep_best]
     if run.env['tensorboard']: cbs.append(tensorboard_logs(path/'tensorboard'))
+    if run.env.get('wandb'): cbs.append(wandb_logs(path/'wandb', asdict(r)))
     with data_parallel(run.learn): fit_recipe(run.learn, r, lrs, cbs)
 
 def _finish(run):

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from cifar_cam import images
+from cifar_cam.core import InputError
 from cifar_cam.models import MODELS
 from cifar_cam.experiment import run_recipe
 from cifar_cam.shapes import shapes_path
@@ -58,4 +59,31 @@ def test_tensorboard_shows_the_losses_and_the_learning_rate(shapes, narrow, tmp_
     values = {tag: [e.value for e in logs.Scalars(tag)] for tag in logs.Tags()['scalars']}
     assert len(values['train_loss'])==len(values['lr_0'])==2*len(run.dls.train)
     assert max(values['lr_0'])==pytest.approx(.01, rel=.1)
-    assert values['valid_loss']==pytest.approx(list(run.history.valid_loss), rel=1e-4) and len(values['valid_accuracy'])==2
+    assert values['valid_loss']==pytest.approx(list(run.history.valid_loss), rel=1e-4) and len(values['accuracy'])==2
+
+
+def test_weights_and_biases_gets_each_step_and_each_epoch(shapes, narrow, tmp_path, monkeypatch):
+    wandb = pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setitem(MODELS, 'resnet18', narrow)
+    logged,init = [],wandb.init
+    def begin(**kwargs):
+        run = init(**kwargs)
+        log = run.log
+        monkeypatch.setattr(run, 'log', lambda numbers, step: (logged.append((step, numbers)), log(numbers, step=step)))
+        return run
+    monkeypatch.setattr(wandb, 'init', begin)
+    run = run_recipe('resnet18-onecycle', shapes, tmp_path, wandb=True, epochs=2, lr=.01, bs=50)
+    steps = [n for _,n in logged if 'valid_loss' not in n]
+    rows = [n for _,n in logged if 'valid_loss' in n]
+    assert len(steps)==2*len(run.dls.train) and max(n['lr'] for n in steps)==pytest.approx(.01, rel=.1)
+    assert [n['valid_loss'] for n in rows]==pytest.approx(list(run.history.valid_loss), rel=1e-4)
+    assert [n['epoch'] for n in rows]==[1, 2] and list((run.path/'wandb').rglob('*.wandb')) and run.env['wandb']
+
+
+def test_without_the_package_weights_and_biases_is_one_line_and_nothing_is_left(shapes, narrow, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, 'resnet18', narrow)
+    monkeypatch.setattr('cifar_cam.history.find_spec', lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'cifar_cam\[wandb\]'"):
+        run_recipe('resnet18-onecycle', shapes, tmp_path/'runs', wandb=True, epochs=1, lr=.01, bs=50)
+    assert not (tmp_path/'runs').exists()
