@@ -118,11 +118,8 @@ class _WandbNumbers(Callback):
         import wandb
         self.run = None
         if rank_distrib() or hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder'): return
-        name = self.path.parent.name
-        self.path.mkdir(exist_ok=True)
-        settings = wandb.Settings(symlink=False)  # a run folder holds no links
-        self.run = wandb.init(project='cifar_cam', id=name, name=name, resume='allow', dir=str(self.path),
-                              config=self.config, settings=settings)
+        name,beside = self.path.name,str(self.path.parent)  # W&B makes links, which a run folder does not hold
+        self.run = wandb.init(project='cifar_cam', id=name, name=name, resume='allow', dir=beside, config=self.config)
 
     def after_batch(self):
         if self.run is None or not self.training: return
@@ -137,7 +134,7 @@ class _WandbNumbers(Callback):
         if self.run is not None: self.run.finish()
 
 def wandb_logs(
-    path:Path, # folder of the logs; the folder it lies in gives the run's name
+    path:Path, # a run folder: its name becomes the run's; the logs go into `wandb` beside it
     config:dict=None, # settings to note, such as those of a recipe
 ) -> Callback:
     "A callback for Weights & Biases. Raises InputError where the package wandb is not installed"

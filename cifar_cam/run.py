@@ -390,7 +390,7 @@ def _fit(run):
     cbs = [History(path/'history.csv'), Checkpoint(path/'checkpoint.pt'),
            *[KeepBest(path/'best.safetensors')]*r.keep_best]
     if run.env['tensorboard']: cbs.append(tensorboard_logs(path/'tensorboard'))
-    if run.env.get('wandb'): cbs.append(wandb_logs(path/'wandb', asdict(r)))
+    if run.env.get('wandb'): cbs.append(wandb_logs(path, asdict(r)))
     with data_parallel(run.learn): fit_recipe(run.learn, r, lrs, cbs)
 
 def _finish(run):

@@ -78,7 +78,7 @@ def test_weights_and_biases_gets_each_step_and_each_epoch(shapes, narrow, tmp_pa
     rows = [n for _,n in logged if 'valid_loss' in n]
     assert len(steps)==2*len(run.dls.train) and max(n['lr'] for n in steps)==pytest.approx(.01, rel=.1)
     assert [n['valid_loss'] for n in rows]==pytest.approx(list(run.history.valid_loss), rel=1e-4)
-    assert [n['epoch'] for n in rows]==[1, 2] and list((run.path/'wandb').rglob('*.wandb')) and run.env['wandb']
+    assert [n['epoch'] for n in rows]==[1, 2] and list((tmp_path/'wandb').rglob('*.wandb')) and run.env['wandb']
 
 
 def test_without_the_package_weights_and_biases_is_one_line_and_nothing_is_left(shapes, narrow, tmp_path, monkeypatch):
