@@ -136,7 +136,8 @@ def data_parallel(
         yield
         return
     join_processes()
-    loaders,layout = learn.dls.loaders,torch.channels_last if hasattr(learn, 'half_precision') else torch.contiguous_format
+    loaders = learn.dls.loaders
+    layout = torch.channels_last if hasattr(learn, 'half_precision') else torch.contiguous_format
     model = learn.model.to(learn.dls.device, memory_format=layout)  # of all the same, though one has run the LR finder
     learn.model = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model,
                                           device_ids=[learn.dls.device] if gpu else None)

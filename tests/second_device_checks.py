@@ -87,7 +87,7 @@ def gallery(data):
     from cifar_cam.all import CamInterpretation
     interp = CamInterpretation.from_learner(trained(data))
     interp.plot_top_losses(2)
-    interp.plot_cams('random', n=2)
+    interp.plot_cams(2, 'top_losses')
     interp.plot_confusion_matrix()
     return len(interp.preds)
 
@@ -109,10 +109,29 @@ def scorecard(data):
     return list(card.text().index)
 
 
+def whole_run(data):
+    "Finder, training, checkpoint, best weights, figures, report; then the network is made ready to be shipped"
+    import cifar_cam.run
+    from cifar_cam.all import run_recipe, ship_run
+    cifar_cam.run._device = lambda name: NPU
+    r = find_recipe('resnet18-plateau', arch='narrow', bs=4, lr='find', epochs=1, hold_out=.4)
+    run = run_recipe(r, data, Path(data).parent/'runs')
+    shipped = ship_run(run, Path(data).parent/'shipped')
+    return dict(report=(run.path/'report.html').exists(), shipped=shipped.metrics['images'])
+
+
+def benchmark(data):
+    "What the benchmark of CAM methods measures"
+    sys.path.insert(0, str(Path(__file__).parent/'bench'))
+    import cam_cost
+    return len(cam_cost.measure('narrow', bs=2, rounds=1, methods=('gradcam',), device='npu')['rows'])
+
+
 CHECKS = {**{f'step {name}': step_of(name) for name in RECIPES},
           'step davidnet float16': step_of('davidnet', 'float16', arch='narrow'), 'step speedrun float16': step_of('speedrun', 'float16', arch='narrow'),
           'step davidnet bfloat16': step_of('davidnet', 'bfloat16', arch='narrow'),
-          'losses': losses, 'evaluation': evaluation, 'gallery': gallery, 'all methods': all_methods, 'scorecard': scorecard}
+          'losses': losses, 'evaluation': evaluation, 'gallery': gallery, 'all methods': all_methods, 'scorecard': scorecard,
+          'whole run': whole_run, 'benchmark': benchmark}
 
 
 def main():

@@ -55,7 +55,7 @@ def test_losses_are_near_those_of_float32_in_every_precision(found):
     for half in 'bfloat16', 'float16': assert result[half] == pytest.approx(result['float32'], rel=.05), half
 
 
-@pytest.mark.parametrize('what', ['evaluation', 'gallery', 'scorecard'])
+@pytest.mark.parametrize('what', ['evaluation', 'gallery', 'scorecard', 'whole run', 'benchmark'])
 def test_what_follows_the_training_stays_on_one_device(found, what): ok(found, what)
 
 
