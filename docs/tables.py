@@ -124,6 +124,14 @@ def headline(to):
     return (f"**{percent(mean([o['accuracy_tta'] for o in m]))} % on CIFAR-10 after {mean([minutes(r) for r in runs]):.0f} minutes of training on {where}:** "
             f"`cifar-cam train speedrun`, {m[0]['epochs']} epochs, {seeds}, the last epoch with test-time augmentation; {percent(mean([o['accuracy'] for o in m]))} % without ([its record]({to}{folder.relative_to(RESULTS)}/)).")
 
+def launches():
+    "Operations that a training step gives a device, before and after they were put together"
+    record = json.loads((RESULTS/'launches.json').read_text())
+    before = {r['recipe']: r for r in record['before']['rows']}
+    parts = 'loader', 'forward', 'loss', 'backward', 'optimizer', 'callbacks'
+    rows = [[r['recipe'], *(f"{before[r['recipe']][p]:.0f} → {r[p]:.0f}" for p in (*parts, 'launches', 'waits'))] for r in record['rows']]
+    return table(['recipe', *parts, 'together', 'waits'], rows)
+
 def ours():
     "The longest training of each recipe, as CSV"
     lines = {}
@@ -147,7 +155,7 @@ def pages():
     for mark,t in dict(headline=headline(to)).items():
         cell = next(c for c in index['cells'] if f'<!-- {mark} -->\n' in c['source'])
         cell['source'] = filled(''.join(cell['source']), **{mark: t}).splitlines(keepends=True)
-    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), commands=commands(), benchmarks=benchmarks('results/'), scorecards=scorecards('results/')),
+    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), commands=commands(), benchmarks=benchmarks('results/'), scorecards=scorecards('results/'), launches=launches()),
             ROOT/'cifar_cam'/'published'/'ours.csv': ours(),
             ROOT/'nbs'/'index.ipynb': json.dumps(index, ensure_ascii=False, indent=1) + '\n'}
 

@@ -200,7 +200,7 @@ def test_an_interrupted_training_says_how_to_go_on(bench, whole, tmp_path, signu
     else: args = *args, signum
     bench.finish(bench.train(out, prepare, *args), code)
     last = bench.log.read_text().splitlines()[-1]
-    assert 'Traceback' not in bench.log.read_text() and last.startswith('cifar-cam: interrupted; go on with `cifar-cam train --resume ')
+    assert 'Traceback' not in bench.log.read_text() and last.startswith('cifar-cam: interrupted; resume with `cifar-cam train --resume ')
     [path] = out.iterdir()
     check_whole(path)
     assert torch.load(path/'checkpoint.pt', weights_only=True)['epochs'] == 1 and not list(path.rglob('.*'))
