@@ -211,8 +211,9 @@ def forget_batch(
 ):
     """Let go of all that a failed step holds: batch, graph and gradients, and what the functions between here and
     `error` hold"""
-    for name in 'b', 'xb', 'yb', 'x', 'y', 'pred', 'loss', 'loss_grad', 'smooth_loss':
-        vars(learn).pop(name, None)
+    learn._end_cleanup()
+    learn.loss_grad = None
+    for name in 'b', 'smooth_loss': vars(learn).pop(name, None)
     learn.model.zero_grad(set_to_none=True)
     while error is not None:
         traceback.clear_frames(error.__traceback__)

@@ -21,9 +21,9 @@ from cifar_cam.recorder import _DeviceSmoothLoss as DeviceSmoothLoss
 from conftest import megabytes
 
 
-def tiny_net():
+def tiny_net(n_out=10):
     torch.manual_seed(3)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.Flatten(), nn.Linear(8*64, 10))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.Flatten(), nn.Linear(8*64, n_out))
 
 
 def tiny_learner(data, tmp_path, in_memory=True, num_workers=0, **kwargs):
@@ -327,7 +327,7 @@ def test_update_ratios_of_a_training_that_gathers_gradients(shapes, tmp_path):
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 def test_every_optimizer_learns_and_takes_a_schedule(colours, tmp_path, opt):
     dls = cifar_dls(colours, bs=32)
-    learn = cifar_learner(dls, tiny_net(), opt=opt, path=tmp_path, bf16=False)
+    learn = cifar_learner(dls, tiny_net(4), opt=opt, path=tmp_path, bf16=False)
     _,values = quietly(learn, lambda l: l.fit_one_cycle(4, .05 if opt in ('sgd', 'nesterov', 'muon') else .005))
     accuracy = learn.recorder.metric_names.index('accuracy') - 1
     assert values[-1][accuracy] > .9 and values[-1][0] < values[0][0]
