@@ -197,10 +197,12 @@ def check_speed(
     device=None, # 'cpu', 'cuda', ...; None: the best there is
     seconds:float=10, # for all recipes together
     images:int=50_000, # to train on; CIFAR-10 has 50,000
+    recipes:list=None, # names; None: all built-in ones
 ) -> list: # of findings
-    "The minutes that each built-in recipe would train for, without its validation"
-    found,each = [],seconds/len(RECIPES)
-    for r in RECIPES.values():
+    "The minutes that each recipe would train for, without its validation"
+    chosen = [RECIPES[name] for name in recipes or RECIPES]
+    found,each = [],seconds/len(chosen)
+    for r in chosen:
         rate = measure_recipe(r, device, each)
         minutes = r.epochs*images/rate/60
         about = f'about {minutes:,.0f} minutes for {r.epochs} epochs ({rate:,.0f} images a second)'

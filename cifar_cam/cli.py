@@ -300,6 +300,8 @@ def _plain_lines():
     odd = 'surrogateescape' if utf8 else 'backslashreplace'  # a path is bytes; not every encoding has an arrow
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(line_buffering=True, errors=odd)
 
+_SHARED_OUT = demo, train, sweep_command  # what several processes do together; the rest the first one does alone
+
 def main(
     argv:list=None, # words after `cifar-cam`; None: those of the shell
 ) -> int:
@@ -313,7 +315,7 @@ def main(
         command = COMMANDS[args.pop('command').replace('-', '_')]
         args = {k: v for k,v in args.items() if k not in ('pdb', 'xtra')}
         with _sigterm_is_as_ctrl_c():
-            if command in (demo, train, sweep_command): command(**args)
+            if command in _SHARED_OUT: command(**args)
             elif not rank_distrib():
                 with one_process(): command(**args)  # nothing to share out
         sys.stdout.flush()
