@@ -223,16 +223,21 @@ def is_parquet(
 def parquet_files(
     path:Path, # a folder, or one file
 ) -> dict: # 'train', 'valid', 'test' → files
-    "The files of each part: by the first word of their name, or by their folder. Raises InputError for a missing one"
+    "The files of each part: by a word of their name, or by their folder. Raises InputError for a missing one"
     found = [path] if path.is_file() else [f for depth in ('', '*/', '*/*/') for f in path.glob(f'{depth}*.parquet')]
     files,parts = sorted(f for f in found if not is_junk(f.name)),{}
     for f in files:
-        split = split_name(re.split(r'[^A-Za-z]', f.stem)[0]) or split_name(f.parent.name) or 'train'
-        parts.setdefault(split, []).append(f)
+        parts.setdefault(_split_of(f), []).append(f)
     for some in parts.values():
         if shards := re.search(r'-of-(\d+)$', some[0].stem):
             _check_shards(some, shards[1])
     return parts
+
+def _split_of(file):
+    "train-00000-of-00001, cifar10-test, test/0000; train where nothing is said"
+    words = [split_name(w) for w in re.split(r'[^A-Za-z]+', file.stem)]
+    named = {w for w in words if w}
+    return words[0] or (named.pop() if len(named) == 1 else split_name(file.parent.name)) or 'train'
 
 def _check_shards(files, total):
     "train-00000-of-00002 needs train-00001-of-00002"

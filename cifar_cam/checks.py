@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 
 from . import __version__
 from .core import InputError
-from .tables import split_folders
-from .images import check_cifar, check_folder, image_counts
+from .formats import find_form, is_archive
+from .images import check_cifar, check_folder, image_table
 from .models import build_model
 from .optimizers import OPTIMIZERS
 from .optimizers import has_bf16
@@ -102,23 +102,38 @@ def _too_many_threads():
 
 # %% ../nbs/27_checks.ipynb #553883fd
 def check_data(
-    data:str|Path=None, # a folder or an archive; None: where CIFAR-10 is looked for
+    data:str|Path=None, # 'cifar10', 'shapes', or a folder, an archive or a table; None: where CIFAR-10 is looked for
 ) -> list: # of one finding
-    "Which images a training would find, and whether they are whole. Nothing is downloaded or unpacked"
-    path = Path(data or os.environ.get('CIFAR_CAM_DATA') or fastai_path('data')/'cifar10').expanduser()
-    if not path.exists() and (data or os.environ.get('CIFAR_CAM_DATA')):
-        return [finding('data', f'{path}: not there', 'name a folder or an archive that is there')]
+    "Which images a training would find, and whether they are whole. Nothing is downloaded, unpacked or converted"
+    if str(data)=='shapes':
+        return [finding('data', 'shapes: drawn when they are first needed')]
+    own = None if str(data)=='cifar10' else data
+    named = own or os.environ.get('CIFAR_CAM_DATA')
+    path = Path(named or fastai_path('data')/'cifar10').expanduser()
     if not path.exists():
-        return [finding('data', f'{path}: not there; CIFAR-10 is downloaded when it is first needed')]
-    if path.is_file():
-        size = path.stat().st_size/1e6
-        return [finding('data', f'{path}: an archive of {size:.0f} MB, unpacked when it is first needed')]
+        later = '; CIFAR-10 is downloaded when it is first needed'*(not named)
+        how = 'name a folder, an archive or a table that is there'*bool(named)
+        return [finding('data', f'{_at(path)}: not there{later}', how)]
     try:
-        (check_folder if data else check_cifar)(path)
+        return [finding('data', f'{_at(path)}: {_found(path, check_folder if own else check_cifar)}')]
     except InputError as e:
-        return [finding('data', path, str(e))]
-    counts = [f'{sum(image_counts(folder).values()):,} in {folder.name}' for folder in split_folders(path).values()]
-    return [finding('data', f"{path}: whole, {', '.join(counts)}, {len(image_counts(path/'train'))} classes")]
+        return [finding('data', _at(path), str(e))]
+
+def _found(path, check):
+    if path.is_file() and is_archive(path):
+        return f'an archive of {path.stat().st_size/1e6:.0f} MB, unpacked when it is first needed'
+    form,root = find_form(path)
+    if form in ('batches', 'parquet'):
+        return f'{form}, written as images when they are first needed'
+    rows = image_table(check(root))
+    counts = ', '.join(f'{n:,} in {part}' for part,n in rows.groupby('split').size().items())
+    note = rows.attrs['note'] and f"; the test set is {rows.attrs['note']}"
+    return f'whole, {counts}, {rows.label.nunique()} classes{note}'
+
+def _at(path):
+    "A path, with ~ for the home folder: what is printed may be sent to others"
+    path,home = Path(path).absolute(),Path.home()
+    return Path('~', path.relative_to(home)) if path.is_relative_to(home) else path
 
 # %% ../nbs/27_checks.ipynb #deed1ec5
 def check_disk(
@@ -128,12 +143,12 @@ def check_disk(
     cache = fastai_path('data')/'cifar_cam-cache'
     files = [f for f in cache.glob('*') if f.is_file()] if cache.is_dir() else []
     size = sum(f.stat().st_size for f in files)/1e6
-    found = [finding('cache', f'{cache}: {len(files)} sets, {size:.0f} MB' if files else f'{cache}: empty')]
+    found = [finding('cache', f'{_at(cache)}: {len(files)} sets, {size:.0f} MB' if files else f'{_at(cache)}: empty')]
     for name,place in dict(runs=Path(out), data=fastai_path('data')).items():
         there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
         free = shutil.disk_usage(there).free/1e9
         problem = _cannot_write(there) or 'less than 1 GB: make room, or name another place'*(free < 1)
-        found.append(finding(f'disk for {name}', f'{place.absolute()}: {free:,.0f} GB free', problem))
+        found.append(finding(f'disk for {name}', f'{_at(place)}: {free:,.0f} GB free', problem))
     return found
 
 def _cannot_write(folder):
@@ -182,10 +197,12 @@ def check_speed(
     device=None, # 'cpu', 'cuda', ...; None: the best there is
     seconds:float=10, # for all recipes together
     images:int=50_000, # to train on; CIFAR-10 has 50,000
+    recipes:list=None, # names; None: all built-in ones
 ) -> list: # of findings
-    "The minutes that each built-in recipe would train for, without its validation"
-    found,each = [],seconds/len(RECIPES)
-    for r in RECIPES.values():
+    "The minutes that each recipe would train for, without its validation"
+    chosen = [RECIPES[name] for name in recipes or RECIPES]
+    found,each = [],seconds/len(chosen)
+    for r in chosen:
         rate = measure_recipe(r, device, each)
         minutes = r.epochs*images/rate/60
         about = f'about {minutes:,.0f} minutes for {r.epochs} epochs ({rate:,.0f} images a second)'
@@ -213,7 +230,7 @@ def check_setup(
 
 # %% ../nbs/27_checks.ipynb #88dcfea1
 def checks_command(
-    data:str=None, # a folder or an archive; by default where CIFAR-10 is looked for
+    data:str=None, # shapes, or a folder, an archive or a table; by default where CIFAR-10 is looked for
     out:str='runs', # the folder that would get the runs
     device:str=None, # cpu, cuda, ...; the best there is by default
     seconds:float=10, # of measuring how long each recipe takes; 0 for none

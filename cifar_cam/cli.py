@@ -54,7 +54,7 @@ def _use_modules(paths):
 
 # %% ../nbs/28_cli.ipynb #212366a7
 def demo(
-    data:str='shapes', # shapes, cifar10, or the PATH of a folder or .tgz
+    data:str='shapes', # shapes, cifar10, or the PATH of a folder, archive or table
     out:str='runs', # the folder that gets the run's folder
     seed:int=0, # the same seed on the same machine gives the same numbers
     epochs:int=3, # passes over the training images
@@ -67,7 +67,7 @@ def demo(
 # %% ../nbs/28_cli.ipynb #7b24f193
 def train(
     recipe:str=None, # a recipe's name (see `cifar-cam recipes`) or a TOML file
-    data:str=None, # cifar10, shapes, or the PATH of a folder, archive or table; cifar10 by default
+    data:str=None, # cifar10, shapes, or the PATH of a folder, archive or table: see below; cifar10 by default
     out:str='runs', # the folder that gets the run's folder
     seed:int=0, # the same recipe, seed and machine give the same numbers
     epochs:int=None, # instead of the recipe's
@@ -141,7 +141,7 @@ def show(
 
 def lr_find(
     recipe:str, # a recipe's name or a TOML file
-    data:str='cifar10', # cifar10, shapes, or the PATH of a folder or .tgz
+    data:str='cifar10', # cifar10, shapes, or the PATH of a folder, archive or table: see below
     out:str='runs', # the folder that gets the picture
     seed:int=0, # first weights and order of the images
     set:_Setting=None, # another setting of the recipe, such as norm=group; may be repeated
@@ -244,9 +244,24 @@ COMMANDS = dict(demo=demo, recipes=recipes, show=show, train=train, lr_find=lr_f
                 predict=predict_command, validate=validate_command, export=export_command, checks=checks_command)
 _POSITIONAL = dict(train=['recipe'], validate=['run'], export=['run'], sweep=['recipe'], crossfit=['recipe'])
 
+_FORMS = """
+forms of --data, told by what is there:
+  cifar10                            CIFAR-10: CIFAR_CAM_DATA, else fastai's data folder, else a download
+  shapes                             ten drawn shapes
+  FOLDER/train/CLASS/IMAGE           and test/ or valid/ alike; also val/, validation/, Train/
+  FOLDER/CLASS/IMAGE                 without parts: a fifth of each class is held out, and is the test set
+  TABLE.csv, or its folder           columns for the file, the label and perhaps the split
+  FOLDER with trainLabels.csv        Kaggle's CIFAR-10; its unlabelled test/ is left for `cifar-cam predict`
+  cifar-10-batches-py, or around it  torchvision's CIFAR-10 or CIFAR-100, also as the .tar.gz that was downloaded
+  FOLDER of .parquet, or one file    Hugging Face's; needs pip install 'cifar_cam[parquet]'
+  ARCHIVE.zip, .tar, .tgz, ...       any of these, in one folder or at its top
+"""
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f'{message}; see `{self.prog} --help`')
+    def format_help(self):
+        return super().format_help() + _FORMS*(self.prog.split()[-1] in ('train', 'sweep', 'crossfit', 'lr-find'))
 
 def parser() -> argparse.ArgumentParser:
     "The parser of `cifar-cam`: a sub-command for each of `COMMANDS`"
@@ -285,6 +300,8 @@ def _plain_lines():
     odd = 'surrogateescape' if utf8 else 'backslashreplace'  # a path is bytes; not every encoding has an arrow
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(line_buffering=True, errors=odd)
 
+_SHARED_OUT = demo, train, sweep_command  # what several processes do together; the rest the first one does alone
+
 def main(
     argv:list=None, # words after `cifar-cam`; None: those of the shell
 ) -> int:
@@ -298,7 +315,7 @@ def main(
         command = COMMANDS[args.pop('command').replace('-', '_')]
         args = {k: v for k,v in args.items() if k not in ('pdb', 'xtra')}
         with _sigterm_is_as_ctrl_c():
-            if command in (demo, train): command(**args)
+            if command in _SHARED_OUT: command(**args)
             elif not rank_distrib():
                 with one_process(): command(**args)  # nothing to share out
         sys.stdout.flush()

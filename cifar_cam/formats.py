@@ -10,7 +10,7 @@ import errno, hashlib, re, shutil, stat, tarfile, zipfile
 from pathlib import Path, PurePosixPath
 
 from fastai.data.external import fastai_path
-from fastai.data.transforms import get_image_files
+from fastai.data.transforms import get_image_files, image_extensions
 
 from .core import InputError, sha256
 from .tables import (FileFinder, fill_once, has_images, is_junk, read_csv, read_table, split_folders,
@@ -47,8 +47,9 @@ def find_form(
 ) -> tuple: # 'folders', 'classes', 'table', 'batches' or 'parquet', and the folder or file it is
     "What kind of data set `path` is. Raises InputError for none, and for two"
     path = outer = Path(path)
-    if path.is_file(): return ('parquet' if is_parquet(path) else 'table'), path
+    if path.is_file(): return _form_of_file(path), path
     for _ in range(4):
+        _refuse_run(path)
         if form := _form_of(path): return form, path
         inner = subfolders(path)
         if len(sets := [d for d in inner if batch_names(d)]) > 1:
@@ -57,6 +58,17 @@ def find_form(
         if len(inner) != 1: break
         path = inner[0]
     raise InputError(f'{outer}: {_why_none(outer)}')
+
+def _form_of_file(path):
+    if path.suffix.lower() in image_extensions:
+        raise InputError(f'{path}: is a single image; name the folder, the archive or the table of many')
+    return 'parquet' if is_parquet(path) else 'table'
+
+def _refuse_run(path):
+    "The folder of a run holds pictures and tables too"
+    names = {o.name for o in path.iterdir()}
+    if {'recipe.json', 'env.json'} <= names or names & {'sweep.json', 'crossfit.json'}:
+        raise InputError(f'{path}: is the folder of a run, not of images; name the images that it was trained on')
 
 def _form_of(path):
     if batch_names(path): return 'batches'
@@ -78,6 +90,7 @@ def _folders_of(table):
 _PACKED = '.7z', '.rar', '.zip', '.tgz', '.tar', '.gz'
 
 def _why_none(path):
+    for d in subfolders(path): _refuse_run(d)
     for f in sorted(path.iterdir()):
         if f.suffix.lower() in _PACKED: return f'unpack {f.name} first, or name it'
         if f.suffix.lower() in _TABLES:

@@ -46,10 +46,10 @@ def hold_out_test(
 def _hold_out(indices, labels, n, seed, name, value):
     "(the rest, `n` of `indices`), stratified by class"
     classes = len(set(labels))
-    if n != int(n) or not classes <= n <= len(labels) - classes:
-        raise InputError(f'{name}={value}: choose between {classes} and {len(labels) - classes:,} images')
     if rare := sorted(c for c in set(labels) if labels.count(c) < 2):
         raise InputError(f'{rare[0]}: one image alone cannot be held out of a class; add another')
+    if n != int(n) or not classes <= n <= len(labels) - classes:
+        raise InputError(f'{name}={value}: choose between {classes} and {len(labels) - classes:,} images')
     rest,held = train_test_split(indices, test_size=int(n), stratify=labels, random_state=seed)
     return sorted(rest), sorted(held)
 
@@ -145,6 +145,8 @@ def _check_labels(rows, root):
     where = ', '.join(dict.fromkeys([*names.values(), test]))
     if odd:
         raise InputError(f'{root}: the class {odd[0]} is not in all of {where}')
+    if len(labels['train']) < 2:
+        raise InputError(f'{root}: all images are of the class {min(labels["train"])}; there is nothing to tell apart')
 
 # %% ../nbs/02_images.ipynb #fcb885e3
 def check_cifar(

@@ -55,11 +55,17 @@ def split_folders(
     found = {}
     for d in subfolders(path):
         split = split_name(d.name)
-        if not split or not subfolders(d): continue
+        if not split or not subfolders(d) or _unwrapped(d) != d: continue
         if split in found:
             raise InputError(f'{path}: {found[split].name}/ and {d.name}/ both hold {split} images; keep one')
         found[split] = d
     return found
+
+def _unwrapped(folder):
+    "train/train/ instead of train/: an archive that was unpacked into a folder of its own name"
+    inner = subfolders(folder)
+    is_twin = [d.name for d in inner] == [folder.name] and has_images(inner[0]) and not has_images(folder)
+    return inner[0] if is_twin else folder
 
 # %% ../nbs/01b_tables.ipynb #cecf1ddd
 def fill_once(
@@ -124,7 +130,7 @@ class FileFinder:
         return found[0] if found else None
 
     def _folders(self, name, split):
-        if self.inner is None: self.inner = subfolders(self.root) if self.root.is_dir() else []
+        if self.inner is None: self.inner = [_unwrapped(d) for d in subfolders(self.root)] if self.root.is_dir() else []
         if self._in(self.root, name): return [self.root]
         is_test = {d: split_name(d.name) == 'test' for d in self.inner}
         named = [d for d in self.inner if split and split_name(d.name) == split and self._in(d, name)]

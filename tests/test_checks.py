@@ -2,6 +2,7 @@
 import os, shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -44,7 +45,32 @@ def test_the_state_of_the_data(few, tmp_path, fastai_home, monkeypatch):
     monkeypatch.setenv('CIFAR_CAM_DATA', str(few))
     assert 'data' in problems(check_data())   # Shapes10 is not CIFAR-10
     (tmp_path/'set.tgz').write_bytes(b'x'*2_000_000)
-    assert '2 MB' in check_data(tmp_path/'set.tgz')[0]['found']
+    assert 'set.tgz' in problems(check_data(tmp_path/'set.tgz'))['data']   # a name makes no archive
+
+
+def test_the_state_of_data_in_every_form(few, tmp_path, fastai_home, monkeypatch):
+    there = set(fastai_home.rglob('*'))
+    def found(data):
+        assert not problems(check_data(data))
+        return check_data(data)[0]['found']
+    assert 'an archive of' in found(shutil.make_archive(tmp_path/'set', 'zip', few))
+    assert '20 in test, 80 in train, 10 classes; the test set is 20 of 100 images, held out' in found(few/'train')
+    files = sorted((few/'train').glob('*/*.png'))
+    pd.DataFrame(dict(file=files, label=[f.parent.name for f in files], split=['train', 'val', 'test', 'train', 'train']*20)).to_csv(tmp_path/'list.csv', index=False)
+    assert '20 in test, 60 in train, 20 in valid, 10 classes' in found(tmp_path/'list.csv')
+    batches = tmp_path/'cifar-10-batches-py'
+    batches.mkdir()
+    for name in [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta']: (batches/name).touch()
+    assert 'batches, written as images when' in found(batches) and 'drawn when' in found('shapes')
+    monkeypatch.setenv('CIFAR_CAM_DATA', str(batches))
+    assert 'batches' in found(None) and found('cifar10')==found(None)
+    assert set(fastai_home.rglob('*')) == there
+
+
+def test_the_home_folder_is_not_told(few, monkeypatch):
+    monkeypatch.setenv('HOME', str(few.parent))
+    for f in check_data(few) + check_disk(few/'runs'):
+        if f['check'] in ('data', 'disk for runs'): assert f['found'].startswith(f'~/{few.name}')
 
 
 def test_the_disk(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-import json, os, re, shutil, subprocess, sys
+import argparse, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -127,3 +127,34 @@ def test_lr_find_prints_its_pick_and_draws_it(colours, tmp_path, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-2].split()[0].startswith('lr=') and Path(lines[-1]).suffix == '.png' and Path(lines[-1]).exists()
     assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+@pytest.mark.parametrize('rank', [0, 1])
+def test_each_command_where_a_launcher_started_several_processes(monkeypatch, name, rank):
+    "Trainings and sweeps are shared out; what cannot be is done once, by a process that thinks itself alone"
+    together,seen = name in ('demo', 'train', 'sweep'),[]
+    def command(**kwargs): seen.append((os.environ.get('RANK'), os.environ.get('WORLD_SIZE')))
+    if together: monkeypatch.setattr(cli, '_SHARED_OUT', (command,))
+    for k,v in dict(RANK=rank, WORLD_SIZE=2).items(): monkeypatch.setenv(k, str(v))
+    monkeypatch.setattr('sys.stdout', sys.stdout)   # `main` puts another in its place
+    p = argparse.ArgumentParser()
+    p.add_argument('command')
+    monkeypatch.setattr(cli, 'parser', lambda: p)
+    monkeypatch.setitem(COMMANDS, name, command)
+    assert main([name.replace('_', '-')]) == 0
+    assert seen == ([(str(rank), '2')] if together else [] if rank else [(None, None)])
+    assert (os.environ['RANK'], os.environ['WORLD_SIZE']) == (str(rank), '2')
+
+
+def test_what_is_shared_out(): assert {*cli._SHARED_OUT} == {COMMANDS[k] for k in ('demo', 'train', 'sweep')}
+
+
+def test_the_help_of_a_training_shows_each_form_of_data_in_one_line(capsys):
+    for name in 'train', 'sweep', 'crossfit', 'lr-find':
+        with pytest.raises(SystemExit): main([name, '--help'])
+        forms = capsys.readouterr().out.partition('forms of --data')[2].splitlines()[1:]
+        assert [f.split()[0].rstrip(',') for f in forms if f] == ['cifar10', 'shapes', 'FOLDER/train/CLASS/IMAGE', 'FOLDER/CLASS/IMAGE', 'TABLE.csv', 'FOLDER', 'cifar-10-batches-py', 'FOLDER', 'ARCHIVE.zip']
+        assert all(len(f) <= 120 for f in forms)
+    with pytest.raises(SystemExit): main(['recipes', '--help'])
+    assert 'forms of' not in capsys.readouterr().out

@@ -112,6 +112,14 @@ def test_cifar_100_has_two_kinds_of_labels(tmp_path):
     assert len(cifar_dls(d, bs=10).vocab) == 20 and list(cifar_dls(d, bs=10, labels='coarse').vocab) == [f'coarse{i}' for i in range(4)]
     assert data_checksum(data_path(d)) != data_checksum(data_path(d, labels='coarse'))
     assert len(cifar_block(labels='coarse').dataloaders(d, bs=10, num_workers=0).vocab) == 4
+    with tarfile.open(tmp_path/'cifar-100-python.tar.gz', 'w:gz') as t: t.add(d, d.name)
+    packed = tmp_path/'cifar-100-python.tar.gz'
+    assert len(cifar_dls(packed, bs=10).vocab) == 20 and len(cifar_dls(packed, bs=10, labels='coarse').vocab) == 4
+    df = listed(tmp_path).drop(columns='label').assign(fine_label=[*'abcd']*6, coarse_label=[*'xy']*12)
+    df['file'] = [str(tmp_path/f) for f in df.file]
+    assert list(cifar_dls(df, bs=4).vocab) == [*'abcd'] and list(cifar_dls(df, bs=4, labels='coarse').vocab) == [*'xy']
+    refused(ten(tmp_path, 10), 'CIFAR-10 has no coarse labels', labels='coarse')
+    refused(drawn(tmp_path/'f'), 'has no coarse labels', labels='coarse')
     refused(d, "labels='both'", labels='both')
 
 
@@ -210,6 +218,27 @@ def test_kaggles_folder_with_its_sample_of_what_to_hand_in(tmp_path):
     packed = shutil.make_archive(tmp_path.parent/'competition', 'zip', tmp_path)
     assert sizes(cifar_dls(packed, bs=4)) == [32, 8]
 
+def wrapped(folder):
+    "What an unpacker leaves that makes a folder of the archive's name: train/train/1.png"
+    folder.rename(folder.with_name('aside'))
+    folder.mkdir()
+    folder.with_name('aside').rename(folder/folder.name)
+
+KAGGLE = dict(
+    upper_case=lambda d: (d/'trainLabels.csv').rename(d/'TRAINLABELS.CSV'), capital=lambda d: (d/'train').rename(d/'Train'), train_twice=lambda d: wrapped(d/'train'),
+    both_twice=lambda d: [wrapped(d/s) for s in ('train', 'test')], beside_the_images=lambda d: (d/'trainLabels.csv').rename(d/'train'/'trainLabels.csv'))
+
+@pytest.mark.parametrize('case', KAGGLE)
+@pytest.mark.parametrize('deep', [False, True])
+def test_kaggles_folder_as_people_unpack_it(tmp_path, case, deep):
+    d = tmp_path/'c'/'cifar-10' if deep else tmp_path/'c'
+    d.mkdir(parents=True)
+    KAGGLE[case](kaggle(d))
+    dls = cifar_dls(d/'train' if case == 'beside_the_images' else tmp_path/'c', bs=4)
+    assert sizes(dls) == [32, 8] and list(dls.vocab) == sorted(NAMES[:4])   # train/train/ is no class
+    assert all(dls.vocab[y] == NAMES[(int(f.stem) - 1) % 4] for f,y in zip(dls.train.items, dls.train.targets))
+    assert {f.parent.name.lower() for dl in dls.loaders for f in dl.items} == {'train'}
+
 def test_kaggles_packed_images_are_named(tmp_path):
     (tmp_path/'train.7z').write_bytes(b'7z')
     pd.DataFrame(dict(id=[1], label=['cat'])).to_csv(tmp_path/'trainLabels.csv', index=False)
@@ -233,6 +262,26 @@ def test_a_table_that_says_the_parts(tmp_path):
         a = cifar_dls(tmp_path/'list.csv', bs=4)
         b = cifar_dls(t.assign(file=[tmp_path/f for f in t.file]), bs=4)
         assert sizes(a) == sizes(b) == expected and a.test_note == b.test_note == '' and [f.name for f in a.train.items] == [f.name for f in b.train.items]
+
+@pytest.mark.parametrize('words, expected', [(('train', 'val'), [12, 12]), (('Training', 'VALIDATION'), [12, 12]), (('train', 'dev', 'test'), [8, 8, 8]), (('train', 'testing'), [12, 12])])
+def test_a_dataframe_that_says_the_parts_in_its_own_words(tmp_path, words, expected):
+    df = listed(tmp_path).assign(label=['a']*12 + ['b']*12)
+    df = df.assign(file=[tmp_path/f for f in df.file], Split=[words[i % len(words)] for i in range(24)])   # paths as well as text
+    assert sizes(cifar_dls(df, bs=4)) == expected
+
+def test_labels_that_are_numbers_keep_their_text_and_numbers_without_end_are_no_classes(tmp_path):
+    df = listed(tmp_path)
+    df['file'] = [str(tmp_path/f) for f in df.file]
+    for values,vocab in (([0, 1], ['0', '1']), ([0., 1.], ['0.0', '1.0']), ([True, False], ['False', 'True'])):
+        t = df.assign(label=values*12)
+        t.to_csv(tmp_path/'list.csv', index=False)
+        assert list(cifar_dls(t, bs=4).vocab) == list(cifar_dls(tmp_path/'list.csv', bs=4).vocab) == vocab
+    refused(df.assign(label=[i/7 for i in range(24)]), '0.0: one image alone cannot be held out')   # something to be measured, not a class
+    refused(df.assign(label=[float('nan')] + [1.]*23), 'row 0', 'no label')
+
+def test_one_class_is_nothing_to_tell_apart(tmp_path):
+    refused(listed(tmp_path).assign(label='cat', file=[str(tmp_path/f'pictures/{i}.jpg') for i in range(24)]), 'class cat', 'nothing to tell apart')
+    refused(drawn(tmp_path/'d', classes=('rose',)), str(tmp_path), 'class rose')
 
 BAD_TABLE = dict(
     not_there=(lambda t: t.assign(file=t.file.replace('pictures/5.jpg', 'pictures/500.jpg')), 'line 7: pictures/500.jpg is not there'), no_label=(lambda t: t.assign(label=['', *t.label[1:]]), 'line 2'),
@@ -266,6 +315,11 @@ def test_two_tables_and_a_table_beside_class_folders_are_not_chosen_from(tmp_pat
     pd.DataFrame(dict(name=['x'], kind=['y'])).to_csv(classes/'predictions.csv', index=False)   # a table of something else
     assert sizes(cifar_dls(classes, bs=2)) == [10, 2]
 
+def test_an_image_twice_with_two_labels_is_named(tmp_path):
+    df = listed(tmp_path)
+    pd.concat([df, df[2:3].assign(label='other')]).to_csv(tmp_path/'list.csv', index=False)
+    refused(tmp_path, '2.jpg is in line 4 and in line 26')
+
 def test_a_name_that_two_files_have_is_not_guessed(tmp_path):
     for d in 'a', 'b': paint(tmp_path/d/'1.png')
     (tmp_path/'list.csv').write_text('id,label\n1,x\n')
@@ -294,6 +348,19 @@ def test_parquet_files_of_the_hub(tmp_path):
     alone = cifar_dls(d/'train-00000-of-00001.parquet', bs=10)
     assert sizes(alone) == [30, 10] and 'held out' in alone.test_note
     assert sizes(cifar_dls(hub(tmp_path, path='../same.png'), bs=10)) == [40, 20]   # one name for all: none is lost
+
+@pytest.mark.parametrize('image', ['img', 'image', 'picture'])
+@pytest.mark.parametrize('names', ['train-00000-of-00001 test-00000-of-00001', 'train/0000 test/0000', 'cifar10-train cifar10-test', 'Train Validation', 'cats_train_v2 cats_val_v2'])
+@pytest.mark.parametrize('column', ['struct', 'bytes'])
+def test_parquet_files_under_other_names(tmp_path, image, names, column):
+    pa,pq = pytest.importorskip('pyarrow'),pytest.importorskip('pyarrow.parquet')
+    for name,n in zip(names.split(), (40, 20)):
+        files = [stored_png(o.reshape(32, 32, 3)) for o in pixels(n)]
+        (tmp_path/f'{name}.parquet').parent.mkdir(exist_ok=True)
+        cells = [dict(bytes=f, path=None) for f in files] if column == 'struct' else files
+        pq.write_table(pa.table({image: cells, 'label': [NAMES[i % 10] for i in range(n)]}), tmp_path/f'{name}.parquet')
+    dls = cifar_dls(tmp_path, bs=10)
+    assert (sizes(dls), list(dls.vocab), dls.test_note) == ([40, 20], NAMES, '')   # no image to test on is trained on
 
 def test_an_unlabelled_test_set_of_the_hub_is_left(tmp_path):
     assert sizes(cifar_dls(hub(tmp_path, label=lambda n, split: [-1]*n if split == 'test' else [i % 10 for i in range(n)]), bs=10)) == [30, 10]
@@ -340,6 +407,18 @@ def test_archives_of_every_kind_under_any_name(tmp_path, kind, top):
     archive = Path(shutil.make_archive(tmp_path/'x', kind, *base)).rename(tmp_path/'any.name')
     dls = cifar_dls(archive, bs=2)
     assert sizes(dls) == ([6, 2] if top == 'classes' else [8, 8]) and list(dls.vocab) == ['rose', 'tulip'] and not [*data_path(archive).rglob('._*')]
+
+@pytest.mark.parametrize('mode', ['w', 'w:gz', 'w:bz2'])
+@pytest.mark.parametrize('top', ['./', './flowers/', 'flowers/./'])
+@pytest.mark.parametrize('whole', [True, False])
+def test_a_tar_whose_names_begin_with_a_dot(tmp_path, mode, top, whole):
+    root = drawn(tmp_path/'flowers')
+    with tarfile.open(tmp_path/'x.tar', mode) as t:
+        if whole: t.add(root, top)
+        else:
+            for f in sorted(root.rglob('*.png')): t.add(f, top + f.relative_to(root).as_posix())
+    dls = cifar_dls(tmp_path/'x.tar', bs=2)
+    assert sizes(dls) == [8, 8] and list(dls.vocab) == ['rose', 'tulip']
 
 def zipped(path, members, compression=zipfile.ZIP_DEFLATED):
     with zipfile.ZipFile(path, 'w', compression) as z:
@@ -389,9 +468,9 @@ def test_a_zip_with_a_password_or_a_changed_byte_is_refused(tmp_path):
     refused(z, 'x.zip', 'password')
 
 def test_names_of_a_mac_and_of_windows_in_a_zip(tmp_path):
-    z = zipped(tmp_path/'x.zip', [(f'{p}\\blaa\\{i}.png', stored_png(pixels()[0].reshape(32, 32, 3)), 0) for p in ('train', 'test') for i in range(3)])
+    z = zipped(tmp_path/'x.zip', [(f'{p}\\{c}\\{i}.png', stored_png(pixels()[0].reshape(32, 32, 3)), 0) for p in ('train', 'test') for c in ('blaa', 'rot') for i in range(3)])
     z.write_bytes(z.read_bytes().replace(b'blaa', 'blå'.encode()))   # UTF-8 without the flag that says so
-    assert list(cifar_dls(z, bs=2).vocab) == ['blå']
+    assert list(cifar_dls(z, bs=2).vocab) == ['blå', 'rot']
 
 def test_a_table_in_an_archive_does_not_reach_out(tmp_path):
     secret = paint(tmp_path/'secret.png')
@@ -440,6 +519,15 @@ def test_train_alone_and_a_test_folder_without_labels(tmp_path):
     paint(tmp_path/'test'/'1.png')
     assert sizes(cifar_dls(tmp_path, bs=2)) == [16, 4] and 'held out' in held_out_note(tmp_path)
 
+@pytest.mark.parametrize('parts, expected', [(('train', 'val'), [16, 16]), (('train', 'validation'), [16, 16]), (('Train', 'Val', 'Test'), [16, 16, 16]), (('training', 'dev', 'testing'), [16, 16, 16]), (('',), [12, 4])])
+@pytest.mark.parametrize('packed', [False, True])
+def test_classes_with_spaces_and_letters_of_any_alphabet(tmp_path, parts, expected, packed):
+    classes = ['Große Katze', "d'or & co, 50 %", 'a.b', '犬 と 猫']
+    root = drawn(tmp_path/'my photos', parts, classes)
+    dls = cifar_dls(shutil.make_archive(tmp_path/'z', 'zip', root) if packed else root, bs=2)
+    assert sizes(dls) == expected and list(dls.vocab) == sorted(classes)
+    assert all(f.parent.name == dls.vocab[y] for f,y in zip(dls.train.items, dls.train.targets))
+
 def test_trains_are_a_class_too(tmp_path):
     drawn(tmp_path, ('',), ('car', 'train', 'test'), n=6)
     assert list(cifar_dls(tmp_path, bs=2).vocab) == ['car', 'test', 'train']
@@ -453,6 +541,22 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, case):
     spoil,words = BAD_FOLDER[case]
     spoil(drawn(tmp_path/'d'))
     refused(tmp_path/'d', str(tmp_path), *words)
+
+
+def test_the_folder_of_a_run_is_no_folder_of_images(tmp_path, run, few):
+    named = 'is the folder of a run, not of images'
+    (tmp_path/'runs').mkdir()
+    shutil.copytree(run, tmp_path/'runs'/'one')
+    for data in run, tmp_path/'runs', shutil.make_archive(tmp_path/'z', 'zip', run): refused(data, named)
+    shutil.copytree(run, tmp_path/'runs'/'two')
+    refused(tmp_path/'runs', named)
+    shutil.copytree(few/'test', tmp_path/'runs'/'one'/'validation'/'other'/'images')   # of `cifar-cam validate`
+    refused(tmp_path/'runs'/'one', named)
+    (tmp_path/'sweep').mkdir()
+    (tmp_path/'sweep'/'sweep.json').write_text('{}')
+    refused(tmp_path/'sweep', named)
+
+def test_a_single_image_is_no_data_set(tmp_path): refused(paint(tmp_path/'cat.png'), 'cat.png', 'a single image')
 
 
 # --- fastai's own words

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cifar_cam.core import InputError
-from cifar_cam.inputs import find_images
+from cifar_cam.inputs import find_images, zip_parts
 from cifar_cam.predict import GrowingTable, PixelNetwork, count_predictions, predict_command, predict_images, whole_rows
 from cifar_cam.validate import accuracy_difference, labelled_images, validate_command, validate_run
 from cifar_cam.run import load_run
@@ -74,6 +74,35 @@ def test_the_same_images_in_every_form(photos, run, monkeypatch):
         answers.append(table.sort_values('file').drop(columns='reason').reset_index(drop=True))
     assert len(answers[0]) == 12 and all(a.equals(answers[0]) for a in answers)
 
+
+@pytest.mark.parametrize('method', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize('before', [b'', b'#!/bin/sh\nunpacks itself\n'])
+def test_a_zip_in_parts_is_the_zip(tmp_path, method, before):
+    with zipfile.ZipFile('x.zip', 'w', method) as z:
+        for i in range(23): z.writestr(f'd{i}/é{i}.png', os.urandom(40)*3)
+        z.comment = b'a comment with PK\1\2 in it'
+    Path('x.zip').write_bytes(before + Path('x.zip').read_bytes())
+    with zipfile.ZipFile('x.zip') as z: whole = [(m.filename, m.CRC, z.read(m)) for m in z.infolist()]
+    for n in 1, 5, 23, 100:
+        parts = [[(m.filename, m.CRC, z.read(m)) for m in z.infolist()] for z in zip_parts('x.zip', n)]
+        assert sum(parts, []) == whole and (before or all(len(p) <= n for p in parts))
+
+def test_a_zip_of_more_members_than_the_first_format_could_count(tmp_path):
+    with zipfile.ZipFile('x.zip', 'w') as z:
+        for i in range(66_000): z.writestr(f'{i}.png', b'x')
+    counts = [len(z.infolist()) for z in zip_parts('x.zip', 30_000)]
+    assert counts == [30_000, 30_000, 6000] and names('x.zip')[-1].endswith('65999.png')
+
+def test_a_changed_zip_is_read_or_named(tmp_path):
+    with zipfile.ZipFile('x.zip', 'w') as z:
+        for i in range(9): z.writestr(f'd{i}/é{i}.png', b'x'*30)
+    whole,rng = Path('x.zip').read_bytes(),np.random.default_rng(0)
+    for i in range(60):
+        changed = bytearray(whole)
+        for at in rng.integers(len(whole)//2, len(whole), 3): changed[at] = rng.integers(256)
+        Path('y.zip').write_bytes(changed[:len(whole) - i%3])
+        try: assert len(names('y.zip')) <= 9
+        except InputError as e: assert 'y.zip' in str(e) and str(e).isprintable()
 
 def test_one_image_on_standard_input(photos, monkeypatch):
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO((photos/'a'/'0.png').read_bytes())))

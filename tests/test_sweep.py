@@ -204,3 +204,17 @@ def test_the_shell_ends_with_the_recipe_the_command_and_the_folder(recipe, few, 
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(path)
     for kwargs,told in (dict(resume=str(path), set=['lr=1..2']), '--set'), ({}, 'recipe'), (dict(recipe='davidnet'), 'nothing is swept'):
         with pytest.raises(InputError, match=told): sweep_command(**{'data': str(few), **kwargs})
+
+
+@pytest.mark.slow
+def test_torchrun_starts_processes_that_share_a_sweep(few):
+    "As docs/after-training.md starts it"
+    import subprocess
+    words = ['sweep', 'speedrun', '--set', 'lr=0.01..1:log', '--set', 'epochs=1', '--set', 'bs=10', '--trials', '4', '--data', few, '--out', 'runs']
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'cifar_cam', *map(str, words)], capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(Path(module.__file__).parents[1]), OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr
+    path, = Path('runs').iterdir()
+    sweep = Sweep(path)
+    assert states(sweep) == ['COMPLETE']*4 and len({t.user_attrs['process'][1] for t in sweep.study.trials}) == 2
+    assert len({t.params['lr'] for t in sweep.study.trials}) == 4 and (path/'best.toml').exists() and done.stdout.strip().splitlines()[-1] == str(path)
