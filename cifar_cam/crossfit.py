@@ -24,7 +24,8 @@ from .core import check_seed, InputError, remove_leftovers, save_atomically, wri
 from .photos import open_photo
 from .images import data_checksum, data_path
 from .interpret import CamInterpretation
-from .triage import Evidence, load_evidence, read_triage, save_triage, triage_table
+from .evidence import Evidence, load_evidence
+from .triage import read_triage, save_triage, triage_table
 from .recipe import (change_recipe, chooses, find_recipe, fit_recipe, pick_lrs, Recipe, recipe_dls,
                               recipe_learner)
 from .run import (EnvRecord, environment, folder_for, load_run, new_run_folder, read_record,

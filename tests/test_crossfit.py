@@ -16,7 +16,8 @@ from cifar_cam.models import MODELS
 from cifar_cam.recipe import find_recipe
 from cifar_cam.run import fit_run, load_run
 from cifar_cam.triage import _COLUMNS
-from cifar_cam.triage import VERDICTS, load_evidence, read_triage
+from cifar_cam.evidence import load_evidence
+from cifar_cam.triage import VERDICTS, read_triage
 
 QUICK = dict(epochs=2, bs=20, lr=.05, lr_min=.005)
 

@@ -11,7 +11,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from cifar_cam.triage import Evidence, compare_scores, copied, find_copies, flip_labels, load_evidence, measure_score, recall_at, read_triage, thumbnails
+from cifar_cam.copies import copied, find_copies, thumbnails
+from cifar_cam.evidence import Evidence, load_evidence
+from cifar_cam.triage import read_triage
+from cifar_cam.truth import compare_scores, flip_labels, measure_score, recall_at
 
 SIMILAR = {3: 5, 5: 3, 1: 9, 9: 1, 0: 8, 8: 0, 4: 7, 7: 4}  # cat and dog, automobile and truck, airplane and ship, deer and horse
 HERE = 'docs/results/speedrun-3-seeds/speedrun-20261123-082237/logits.npz'
@@ -54,7 +57,7 @@ def crossfit(data='cifar10', share=.03, seeds=(0, 1, 2), folds=5, recipe='speedr
     "A row for each seed"
     from cifar_cam.crossfit import crossfit
     from cifar_cam.images import data_path
-    from cifar_cam.triage import doubtful_set
+    from cifar_cam.truth import doubtful_set
     rows = []
     for seed in seeds:
         spoilt = doubtful_set(Path(out)/f'spoilt-{share}-{seed}', data_path(data), share, 0, 0, seed, split='train')
