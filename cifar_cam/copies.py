@@ -12,14 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import DataLoader, Normalize, patch
+from fastai.vision.all import DataLoader, Normalize
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.neighbors import NearestNeighbors
 
 from .core import InputError
-from .interpret import CamInterpretation
-from .evidence import item_names, plain_loader
+from .evidence import plain_loader
 
 # %% ../nbs/16c_copies.ipynb #17trut03
 def copied(
@@ -106,15 +105,3 @@ def find_copies(
             rows.append(pd.DataFrame(dict(image=image, copy_of=of, likeness=likeness, mirrored=mirrored)))
     found = pd.concat(rows).query('likeness >= @least').sort_values('likeness', ascending=False, kind='stable')
     return found.drop_duplicates('image').sort_values('image', ignore_index=True)
-
-# %% ../nbs/16c_copies.ipynb #17inte03
-@patch
-def copies(self:CamInterpretation,
-    least:float=.88, # see `find_copies`
-) -> dict: # file → the file that it is a copy of
-    "The images that stand among the training images too, or a second time among themselves"
-    root,train = self.learn.dls.path,self.learn.dls.train
-    names,known,mine = item_names(self.dl, root),item_names(train, root),thumbnails(self.dl)
-    twice,there = find_copies(mine, least=least),find_copies(mine, thumbnails(train), least)
-    pairs = [(names[i], names[j]) for i,j in zip(twice.image, twice.copy_of)]
-    return dict(pairs + [(names[i], known[j]) for i,j in zip(there.image, there.copy_of)])

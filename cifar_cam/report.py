@@ -261,8 +261,8 @@ def _score_text(s):
     return f"{s['mean']:.2f}" + (f" ({s['low']:.2f} to {s['high']:.2f})" if s.get('low') is not None else '')
 
 # %% ../nbs/20_report.ipynb #20tria01
-_SHORT = dict(label='have a label that is probably wrong', ambiguous='are of pictures that could be several things',
-              copy='are of copies', shared='are made by most networks', network='are this network\'s own')
+_SHORT = dict(label='with a label that is probably wrong', ambiguous='on pictures that could be several things',
+              copy='on copies', shared='that most networks make', network='of its own')
 
 def _triage(run, n):
     "(what the page says of the verdicts, a row for each image in their order, `n` places); Nones where there are none"

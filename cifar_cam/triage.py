@@ -18,6 +18,7 @@ from .core import InputError, save_atomically, write_json
 from .panels import draw_image, message_figure, Panels
 from .interpret import CamInterpretation
 from .evidence import check_evidence, Evidence, item_names, pooled_probs
+from .copies import find_copies, thumbnails
 
 # %% ../nbs/17_triage.ipynb #17scor01
 def _own_and_other(probs, targs):
@@ -125,6 +126,18 @@ def triage_table(
                 mistaken=(preds != first.targs).sum(0), copy_of=of)
     order = np.argsort(-doubt, kind='stable')
     return pd.DataFrame(rows)[_COLUMNS].iloc[order].reset_index(drop=True)
+
+# %% ../nbs/17_triage.ipynb #17inte03
+@patch
+def copies(self:CamInterpretation,
+    least:float=.88, # see `find_copies`
+) -> dict: # file → the file that it is a copy of
+    "The images that stand among the training images too, or a second time among themselves"
+    root,train = self.learn.dls.path,self.learn.dls.train
+    names,known,mine = item_names(self.dl, root),item_names(train, root),thumbnails(self.dl)
+    twice,there = find_copies(mine, least=least),find_copies(mine, thumbnails(train), least)
+    pairs = [(names[i], names[j]) for i,j in zip(twice.image, twice.copy_of)]
+    return dict(pairs + [(names[i], known[j]) for i,j in zip(there.image, there.copy_of)])
 
 # %% ../nbs/17_triage.ipynb #17inte05
 @patch
