@@ -30,7 +30,10 @@ from cifar_cam.interpret import *
 from cifar_cam.photo import *
 from cifar_cam.measures import *
 from cifar_cam.scorecard import *
+from cifar_cam.evidence import *
+from cifar_cam.copies import *
 from cifar_cam.triage import *
+from cifar_cam.truth import *
 from cifar_cam.recipe import *
 from cifar_cam.comparison import *
 from cifar_cam.evaluate import *

@@ -24,11 +24,13 @@ from .core import check_seed, InputError, remove_leftovers, save_atomically, wri
 from .photos import open_photo
 from .images import data_checksum, data_path
 from .interpret import CamInterpretation
-from .triage import Evidence, load_evidence, read_triage, save_triage, triage_table
+from .evidence import check_evidence, Evidence, load_evidence
+from .triage import read_triage, save_triage, triage_table
 from .recipe import (change_recipe, chooses, find_recipe, fit_recipe, pick_lrs, Recipe, recipe_dls,
                               recipe_learner)
 from .run import (EnvRecord, environment, folder_for, load_run, new_run_folder, read_record,
                            recipe_from_record)
+from .report import write_report
 from .share import pretrained_run
 
 # %% ../nbs/22b_crossfit.ipynb #22foldc1
@@ -38,20 +40,24 @@ def fold_splitter(
     seed:int=0, # which image is in which fold
     hold_out:float=0, # share of the other folds to choose by, where something is chosen
 ):
-    "A fastai splitter: (train, fold, test), or (train, held out, fold, test). Raises InputError for too many folds"
+    "A fastai splitter: (train, fold, test), or (train, held out, fold, test). Raises InputError for what cannot be"
     check_seed(seed)
     if not 2 <= folds <= 100:
         raise InputError(f'folds={folds}: choose between 2 and 100')
     def split(items):
         train = np.array([i for i,f in enumerate(items) if f.parent.parent.name=='train'])
-        labels = np.array([items[i].parent.name for i in train])
-        for c,n in zip(*np.unique(labels, return_counts=True)):
+        labels,test = np.array([items[i].parent.name for i in train]),np.setdiff1d(np.arange(len(items)), train)
+        if not (len(train) and len(test)):
+            raise InputError(f'{len(train)} images in train/<class>, {len(test)} others: some of both are needed')
+        classes = list(zip(*np.unique(labels, return_counts=True)))
+        if len(classes)==1:
+            raise InputError(f'{labels[0]}: is the only class; a label can only be doubted where there are two or more')
+        for c,n in classes:
             if n < folds:
                 raise InputError(f'{c}: {n} training images for {folds} folds; choose fewer folds, or add images')
         parts = [out for _,out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(train, labels)]
         inside = np.random.default_rng([seed, k]).permutation(np.concatenate(parts[:k] + parts[k+1:]))
         held = inside[:round(hold_out*len(inside))]
-        test = np.setdiff1d(np.arange(len(items)), train)
         chosen_by = [train[held]] if hold_out else []
         return [np.sort(o).tolist() for o in (train[inside[len(held):]], *chosen_by, train[parts[k]], test)]
     return split
@@ -200,13 +206,15 @@ def triage_runs(
 ) -> Path: # of triage.csv
     "Triage of the test images of runs. Raises InputError for runs of different images, labels or classes"
     interp = None if runs else CamInterpretation.from_pretrained(recipe_dls(pretrained_run().recipe, data))
-    evidence = [o for r in runs for o in run_evidence(r)] if runs else [interp.evidence()]
+    evidence = check_evidence([o for r in runs for o in run_evidence(r)] if runs else [interp.evidence()])
     if copies and interp is None and (Path(runs[0])/'env.json').exists(): interp = load_run(runs[0]).interp
     table = triage_table(evidence, interp.copies() if copies and interp is not None else None, **kwargs)
     out = Path(out or (runs[0] if runs else new_run_folder('triage', 'runs')))
     names = [Path(r).name for r in runs] or ['speedrun, shipped']
     with folder_for(out):
-        return save_triage(table, out, images_of='test', networks=len(evidence), runs=names)
+        file = save_triage(table, out, images_of='test', networks=len(evidence), runs=names)
+    if interp is not None and runs and (out/'report.html').exists(): write_report(out)
+    return file
 
 # %% ../nbs/22b_crossfit.ipynb #22sayc01
 def triage_command(

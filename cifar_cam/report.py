@@ -26,6 +26,7 @@ from .models import count_parameters
 from .predictions import take_turns
 from .interpret import CamInterpretation
 from .scorecard import METRICS
+from .triage import read_triage, triage_summary, VERDICTS
 from .recipe import chooses, RECIPES
 from .run import load_run, Run
 from .charts import chart_dots, chart_panel, chart_place, curve_chart, epoch_span, page_chart
@@ -74,14 +75,16 @@ def pick_images(
     interp:CamInterpretation, # predictions on the test images
     n:int=700, # at most so many
     seed:int=0, # which of those that are drawn at random
+    first:list=(), # places of images that are there in any case
 ) -> list: # places in the data set
-    """Three sevenths have the highest losses; two are other mistakes, each pair of classes in turn; the rest is
-    drawn from what is left"""
-    down = interp.indices('top_losses')
+    """Beside `first`, three sevenths have the highest losses; two are other mistakes, each pair of classes in turn; the
+    rest is drawn from what is left"""
+    first,n = list(first)[:n],max(0, n - len(first))
+    down = [i for i in interp.indices('top_losses') if i not in set(first)]
     top,rest = down[:3*n//7],np.random.default_rng(seed).permutation(down[3*n//7:]).tolist()
     wrong = [i for i in rest if interp.preds[i] != interp.targs[i]]
     top += take_turns(wrong, [(int(interp.targs[i]), int(interp.preds[i])) for i in wrong])[:2*n//7]
-    return top + [i for i in rest if i not in set(top)][:n - len(top)]
+    return first + top + [i for i in rest if i not in set(top)][:n - len(top)]
 
 # %% ../nbs/20_report.ipynb #7d12db16
 def _base64(b): return base64.b64encode(b).decode()
@@ -134,13 +137,14 @@ def _said(interps, i):
     return dict(p=[int(o.preds[i]) for o in interps], c=[_short(o.probs[i].max()) for o in interps],
                 loss=[_short(o.losses[i], 1e9) for o in interps])
 
-def _run_gallery(interp, idxs, maps):
-    images = _images(interp, idxs, maps)
+def _run_gallery(interp, idxs, maps, table=None):
+    images,confusion = _images(interp, idxs, maps),_cells(interp.confusion_matrix())
     for o,rival in zip(images, interp.asked(idxs, 'rival').tolist()):
         p,c = interp.probs[o['i']].topk(min(3, len(interp.vocab)))
         o.update(_said([interp], o['i']), rival=rival, actual=_short(interp.probs[o['i'], o['t']]),
                  top=[[int(k), _short(v)] for v,k in zip(p, c)])
-    return _page_data(interp, images=images, map_size=_map_size(maps), confusion=_cells(interp.confusion_matrix()))
+    if table is not None: confusion = _judge(images, table, [str(c) for c in interp.vocab])
+    return _page_data(interp, images=images, map_size=_map_size(maps), confusion=confusion, verdicts=[*VERDICTS, 'no doubt'])
 
 def _short(v, otherwise=0.):
     "A number of the page; JSON knows neither NaN nor infinity"
@@ -256,6 +260,29 @@ def _score_text(s):
     if not s or s.get('mean') is None: return '–'
     return f"{s['mean']:.2f}" + (f" ({s['low']:.2f} to {s['high']:.2f})" if s.get('low') is not None else '')
 
+# %% ../nbs/20_report.ipynb #20tria01
+_SHORT = dict(label='with a label that is probably wrong', ambiguous='on pictures that could be several things',
+              copy='on copies', shared='that most networks make', network='of its own')
+
+def _triage(run, n):
+    "(what the page says of the verdicts, a row for each image in their order, `n` places); Nones where there are none"
+    if not (run.path/'triage.csv').exists(): return None,None,[]
+    table = read_triage(run.path, run.interp.file_names(range(len(run.interp.targs))))
+    def most(v): return table[table.verdict==v].sort_values('ambiguity_score' if v=='ambiguous' else 'label_score')
+    places = [i for v in VERDICTS for i in most(v).index[::-1][:n//14]]
+    return dict(triage_summary(table), short=_SHORT),table,places
+
+def _judge(images, table, classes):
+    "Add its verdict to each image of the page; the cells of the confusion matrix, by verdict"
+    place = {name: i for i,name in enumerate(classes)}
+    kinds = {v: i for i,v in enumerate([*VERDICTS, ''])}
+    for o in images:
+        row = table.loc[o['i']]
+        o.update(v=kinds[row.verdict], suggested=place[row.suggested], doubt=_short(row.label_score),
+                 spread=_short(row.ambiguity_score), copy=row.copy_of)
+    counted = table.groupby(['label', 'predicted', 'verdict']).size()
+    return [[place[t], place[p], int(n), kinds[v]] for (t,p,v),n in counted.items()]
+
 # %% ../nbs/20_report.ipynb #5896eec6
 def _as_run(run):
     run = load_run(run) if isinstance(run, (str, Path)) else run
@@ -287,11 +314,13 @@ def write_report(
     run = _as_run(run)
     run.learn.model.to(memory_format=torch.contiguous_format) # as `evaluate_learner` does: sums in the same order
     interp,selected = run.interp,_selected(run)
-    idxs = pick_images(interp, _n_images(interp, images, budget))
+    shown = _n_images(interp, images, budget)
+    triage,table,first = _triage(run, shown)
+    idxs = pick_images(interp, shown, first=first)
     maps,no_maps = _maps_or_reason([interp], idxs, ('predicted', 'rival'))
     bins,(command,toml) = reliability(interp.probs, interp.targs),run_command(run)
-    return _render('report.html', run.path/'report.html', _run_gallery(interp, idxs, maps), run=run, r=run.recipe,
-                   m=run.metrics, selected=selected,
+    return _render('report.html', run.path/'report.html', _run_gallery(interp, idxs, maps, table), run=run,
+                   r=run.recipe, m=run.metrics, selected=selected, triage=triage,
         parameters=count_parameters(run.model), settings=_settings(run.recipe), built_in=run.recipe.name in RECIPES,
         curves=_run_curves(run, selected), history=_table('Epochs', run.history),
         calibration=_calibration_chart(bins, selected), bins=_table('Bins of confidence', bins), shown=len(idxs),

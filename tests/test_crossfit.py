@@ -1,10 +1,11 @@
 """Cross-fitting: folds that share nothing, failures that lose nothing, decisions that touch nothing"""
-import json
+import json, shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from cifar_cam import crossfit as X
 from cifar_cam.core import InputError, sha256
@@ -16,7 +17,8 @@ from cifar_cam.models import MODELS
 from cifar_cam.recipe import find_recipe
 from cifar_cam.run import fit_run, load_run
 from cifar_cam.triage import _COLUMNS
-from cifar_cam.triage import VERDICTS, load_evidence, read_triage
+from cifar_cam.evidence import load_evidence
+from cifar_cam.triage import VERDICTS, read_triage
 
 QUICK = dict(epochs=2, bs=20, lr=.05, lr_min=.005)
 
@@ -81,6 +83,22 @@ def test_a_fold_that_fails_says_which_and_keeps_the_others(colours, quick, tmp_p
     monkeypatch.setattr(X, 'fit_recipe', real)
     assert (resume_crossfit(path)/'triage.csv').exists()
 
+def images(root, **counts):
+    "A folder of noise: `train_cat=3` makes three images of train/cat"
+    rng = np.random.default_rng(0)
+    for name,n in counts.items():
+        (folder := root/name.replace('_', '/')).mkdir(parents=True)
+        for i in range(n): Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder/f'{i}.png')
+    return root
+
+@pytest.mark.parametrize('counts, says', [
+    (dict(train_a=9, test_a=5), 'a: is the only class'), (dict(train_a=9, train_b=9, test_a=5), 'class b is not in all of'),
+    (dict(train_a=9, train_b=9, test_a=5, test_b=5, test_c=5), 'class c is not in all of'), (dict(train_a=9, train_b=0, test_a=5, test_b=5), 'b: no images in this class'),
+    (dict(a=9, b=9), '0 images in train/<class>, 18 others'), (dict(train_a=9, train_b=9), '18 images in train/<class>, 0 others')])
+def test_folders_that_cannot_be_judged_are_refused_before_a_fold_is_trained(quick, tmp_path, counts, says):
+    with pytest.raises(InputError, match=says) as e: crossfit('davidnet', images(tmp_path/'data', **counts), 2, tmp_path/'out', **QUICK)
+    assert '\n' not in str(e.value) and not (tmp_path/'out').exists()
+
 @pytest.mark.parametrize('folds, says', [(1, 'between 2 and 100'), (41, 'choose fewer folds')])
 def test_folds_that_cannot_be_leave_nothing_behind(colours, quick, tmp_path, folds, says):
     with pytest.raises(InputError, match=says): crossfit('davidnet', colours, folds, tmp_path/'out', **QUICK)
@@ -142,6 +160,60 @@ def test_the_page_holds_the_images_and_cannot_be_broken_by_a_name(folded, colour
     with pytest.raises(InputError, match='nothing to decide'): suspects_page(same, colours, tmp_path/'t.html')
 
 
+@pytest.fixture
+def page():
+    "A page of headless Chromium. After the test: no word on its console, nothing asked of a network"
+    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if chromium is None: pytest.skip('needs Chromium')
+    api,said,asked = pytest.importorskip('playwright.sync_api', reason='needs playwright'),[],[]
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--disable-dev-shm-usage'])
+        page = browser.new_page(viewport=dict(width=360, height=700))
+        for event in 'console', 'pageerror': page.on(event, lambda o, e=event: said.append(f'{e}: {o}'))
+        page.on('request', lambda r: asked.append(r.url))
+        yield page
+        browser.close()
+    assert not said and all(u.startswith(('file:', 'data:')) for u in asked)
+
+def test_suspects_are_decided_by_keys_and_the_file_trains(colours, tmp_path, page):
+    table = pd.DataFrame(dict(file=[f'train/blue/{i}.png' for i in range(5)], label='blue', suggested='red'))
+    file = suspects_page(table, colours, tmp_path/'suspects.html')
+    page.goto(file.as_uri())
+    at = lambda: page.inner_text('#where')
+    assert at() == 'image 1 of 5, 0 decided' and page.inner_text('#what') == 'label: blue, suggested: red'
+    assert page.evaluate("document.querySelector('#image').naturalWidth") == 32
+    for key in 'r', 'd', 'k', 'Shift', 'x': page.keyboard.press(key)
+    assert at() == 'image 4 of 5, 3 decided' and page.inner_text('#said') == ''
+    page.keyboard.press('ArrowLeft')
+    assert page.inner_text('#said') == 'keep' and page.get_attribute('#image', 'alt') == 'train/blue/2.png'
+    page.keyboard.press('r')  # another mind
+    page.keyboard.press('ArrowRight'); page.keyboard.press('ArrowRight')
+    assert at() == 'image 5 of 5, 3 decided'  # the last one stays
+    page.click('text=keep')
+    page.reload()
+    assert at() == 'image 1 of 5, 4 decided' and page.inner_text('#said') == 'relabel'  # where one was is remembered
+    with page.expect_download() as got: page.click('#save')
+    assert got.value.suggested_filename == 'decisions.csv'
+    got.value.save_as(tmp_path/'decisions.csv')
+    told = pd.read_csv(tmp_path/'decisions.csv')
+    assert told.values.tolist() == [['train/blue/0.png', 'relabel', 'red'], ['train/blue/1.png', 'drop', 'blue'], ['train/blue/2.png', 'relabel', 'red'], ['train/blue/4.png', 'keep', 'blue']]
+    assert page.evaluate('document.documentElement.scrollWidth') <= 360
+    dls = cifar_dls(colours, bs=10, decisions=tmp_path/'decisions.csv', device='cpu')
+    given = {f.relative_to(colours).as_posix(): dls.vocab[int(y)] for f,y in zip(dls.train.items, dls.train_ds.tls[1])}
+    assert len(given) == 159 and [given[f'train/blue/{i}.png'] for i in (0, 2, 3, 4)] == ['red', 'red', 'blue', 'blue']
+
+def test_decisions_keep_commas_and_quotes_of_names(colours, tmp_path, page):
+    odd = 'a "b", c'
+    (tmp_path/'train'/odd).mkdir(parents=True)
+    shutil.copy(colours/'train'/'blue'/'0.png', tmp_path/'train'/odd/'0,1.png')
+    table = pd.DataFrame(dict(file=[f'train/{odd}/0,1.png'], label=odd, suggested='</script>\n'))
+    page.goto(suspects_page(table, tmp_path, tmp_path/'s.html').as_uri())
+    page.keyboard.press('d')
+    with page.expect_download() as got: page.click('#save')
+    got.value.save_as(tmp_path/'decisions.csv')
+    assert pd.read_csv(tmp_path/'decisions.csv').values.tolist() == [[f'train/{odd}/0,1.png', 'drop', odd]]
+
+
 # Runs
 
 @pytest.fixture(scope='module')
@@ -160,6 +232,8 @@ def test_triage_of_runs_keeps_what_the_networks_say(two, folded, quick, colours,
     table,told = read_triage(two[0]),json.loads((two[0]/'triage.json').read_text())
     assert len(table) == 40 and told['networks'] == 5 and sum(told['mistakes_by_verdict'].values()) == told['mistakes']
     for p in two: assert len(load_evidence(p/'logits.npz').files) == 40
+    assert f"Of its {told['mistakes']} mistakes" in (two[0]/'report.html').read_text()  # written again
+    assert 'mistakes:' not in (two[1]/'report.html').read_text()
     assert len(run_evidence(folded)) == 3
 
 def test_runs_on_other_images_are_refused_before_anything_is_written(two, quick, tmp_path, few, monkeypatch):

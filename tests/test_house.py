@@ -10,7 +10,6 @@ for f in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
     cells = [(c['cell_type'], ''.join(c['source'])) for c in json.loads(f.read_text(encoding='utf-8'))['cells']]
     if m := re.search(r'^#\| default_exp (\w+)', '\n'.join(s for _,s in cells), re.M): NOTEBOOKS[m[1]] = (f, cells)
 ORDER = list(NOTEBOOKS)
-LONGER = dict(triage=600)  # still to be split
 PRIVATE_OF_OTHERS = re.compile(r'^_(?!_)')
 
 
@@ -58,7 +57,7 @@ def test_imports_only_point_down(module):
 @pytest.mark.parametrize('module', ORDER)
 def test_a_notebook_exports_one_subject(module):
     lines = [l for s in exported(NOTEBOOKS[module][1]) for l in s.splitlines()]
-    assert len(lines) <= LONGER.get(module, 400), f'{module}: {len(lines)} exported lines'
+    assert len(lines) <= 400, f'{module}: {len(lines)} exported lines'
 
 
 @pytest.mark.parametrize('module', ORDER)

@@ -7,24 +7,32 @@ const bytes = s => Uint8Array.from(atob(s), c => c.charCodeAt(0));
 const colours = {heat: bytes(data.colours.heat), difference: bytes(data.colours.difference)};
 const byIndex = new Map(data.images.map(o => [o.i, o]));
 const comparing = data.runs.length > 0;
-const state = {only: '', t: '', p: '', a: 0, b: 1, sort: '-loss', view: 'image', shown: 0};
+const state = {only: '', t: '', p: '', v: '', a: 0, b: 1, sort: '-loss', view: 'image', shown: 0};
 const page = 60;
 let found = [], open = null;
 
-// ---- maps: as cifar_cam.cam.scale_maps and cifar_cam.interpret.overlay draw them
+// ---- maps: as cifar_cam.cam.scale_maps and cifar_cam.panels.overlay draw them
 
-function upsample(map, h, w, H, W) { // bilinear, align_corners=False, then 0 to 1
+function enlarge(map, h, w, H, W) { // bilinear, align_corners=False
   const out = new Float32Array(H*W), at = (n, N, i) => Math.min(n - 1, Math.max(0, (i + .5)*n/N - .5));
-  let low = Infinity, high = -Infinity;
   for (let y = 0; y < H; y++) {
     const v = at(h, H, y), y0 = Math.floor(v), y1 = Math.min(h - 1, y0 + 1), fy = v - y0;
     for (let x = 0; x < W; x++) {
       const u = at(w, W, x), x0 = Math.floor(u), x1 = Math.min(w - 1, x0 + 1), fx = u - x0;
-      const o = (map[y0*w + x0]*(1 - fx) + map[y0*w + x1]*fx)*(1 - fy) + (map[y1*w + x0]*(1 - fx) + map[y1*w + x1]*fx)*fy;
-      out[y*W + x] = o; low = Math.min(low, o); high = Math.max(high, o);
+      out[y*W + x] = (map[y0*w + x0]*(1 - fx) + map[y0*w + x1]*fx)*(1 - fy) + (map[y1*w + x0]*(1 - fx) + map[y1*w + x1]*fx)*fy;
     }
   }
-  return out.map(o => (o - low)/(high - low + 1e-7));
+  return out;
+}
+
+function scaled(map) { // to 0 to 1
+  const low = map.reduce((a, b) => Math.min(a, b)), high = map.reduce((a, b) => Math.max(a, b));
+  return map.map(o => (o - low)/(high - low + 1e-7));
+}
+
+function weight(strength) { // the share of a map's colour: none where it is cold, most at its peak
+  const t = Math.min(1, Math.max(0, (strength - .1)/.65));
+  return .8*t*t*(3 - 2*t);
 }
 
 // which of an image's maps a view needs: none, one, or two whose difference is drawn
@@ -54,17 +62,14 @@ async function draw(canvas, o, view, size) {
   const which = mapsOf(o, view);
   if (which.some(k => o.blank[k])) mark(ctx, W, H);
   else if (which.length) {
-    const [h, w] = data.map_size, maps = which.map(k => upsample(bytes(o.maps[k]), h, w, img.height, img.width));
-    const two = maps.length === 2, lut = two ? colours.difference : colours.heat, value = two ? maps[0].map((a, i) => (a - maps[1][i] + 1)/2) : maps[0];
-    const heat = new OffscreenCanvas(img.width, img.height), px = new ImageData(img.width, img.height);
-    value.forEach((v, i) => { const c = 3*Math.round(255*v); px.data.set([lut[c], lut[c + 1], lut[c + 2], 255], 4*i); });
+    const [h, w] = data.map_size, maps = which.map(k => scaled(enlarge(bytes(o.maps[k]), h, w, img.height, img.width)));
+    const two = maps.length === 2, lut = two ? colours.difference : colours.heat;
+    const value = enlarge(two ? maps[0].map((a, i) => a - maps[1][i]) : maps[0], img.height, img.width, H, W);
+    const heat = new OffscreenCanvas(W, H), px = new ImageData(W, H);
+    value.forEach((v, i) => { const c = 3*Math.round(255*(two ? (v + 1)/2 : v)); px.data.set([lut[c], lut[c + 1], lut[c + 2], 255*weight(Math.abs(v))], 4*i); });
     heat.getContext('2d').putImageData(px, 0, 0);
     if (two) { ctx.globalCompositeOperation = 'saturation'; ctx.fillStyle = '#808080'; ctx.fillRect(0, 0, W, H); ctx.globalCompositeOperation = 'source-over'; }
-    ctx.globalAlpha = two ? .75 : .5;
-    ctx.imageSmoothingEnabled = true;
-    ctx.imageSmoothingQuality = 'high';
-    ctx.drawImage(heat, 0, 0, W, H);
-    ctx.globalAlpha = 1;
+    ctx.drawImage(heat, 0, 0);
   }
   canvas.dataset.drawn = view;
 }
@@ -89,6 +94,12 @@ function describe(o) {
   return `Image ${o.i}: ${right(o) ? '' : `${name(o.t)} `}taken for ${name(o.p[0])} with ${percent(o.c[0])}, ${right(o) ? 'right' : 'wrong'}`;
 }
 
+function verdict(o) {
+  if (o.v === undefined) return '';
+  const kind = data.verdicts[o.v], copy = o.copy ? `, a copy of ${o.copy}` : '', other = kind === 'label' ? `, rather ${name(o.suggested)}` : '';
+  return `Verdict: ${kind}${other}${copy}; label score ${o.doubt.toFixed(2)}, ambiguity score ${o.spread.toFixed(2)}. `;
+}
+
 function caption(o, view) {
   const blank = mapsOf(o, view).some(k => o.blank[k]) ? ' The map says nothing, so the image is shown alone.' : '';
   const rival = right(o) ? `the runner-up ${name(o.rival)}` : `the actual class ${name(o.t)}`;
@@ -102,18 +113,18 @@ function caption(o, view) {
 // ---- filters and order
 
 const who = () => comparing ? state.b : 0;
-const keys = {i: o => o.i, loss: o => o.loss[who()], confidence: o => o.c[who()]};
+const keys = {i: o => o.i, loss: o => o.loss[who()], confidence: o => o.c[who()], doubt: o => o.doubt, spread: o => o.spread, verdict: o => o.v};
+const said = (t, p, v) => (state.t === '' || t === +state.t) && (state.p === '' || p === +state.p) && (state.v === '' || v === +state.v)
+  && (state.only === '' || (state.only === 'right') === (t === p));
 
 function fits(o) {
-  if (state.t !== '' && o.t !== +state.t) return false;
-  if (comparing) return right(o, state.a) && !right(o, state.b);
-  return (state.p === '' || o.p[0] === +state.p) && (state.only === '' || (state.only === 'right') === right(o));
+  if (!comparing) return said(o.t, o.p[0], o.v);
+  return (state.t === '' || o.t === +state.t) && right(o, state.a) && !right(o, state.b);
 }
 
 function total() { // images of the whole test set that the filters stand for
-  const ok = (t, p) => (state.t === '' || t === +state.t) && (comparing || ((state.p === '' || p === +state.p) && (state.only === '' || (state.only === 'right') === (t === p))));
-  if (comparing) return data.crossed[state.a][state.b].reduce((n, c, t) => n + (ok(t) ? c : 0), 0);
-  return data.confusion.reduce((n, [t, p, c]) => n + (ok(t, p) ? c : 0), 0);
+  if (comparing) return data.crossed[state.a][state.b].reduce((n, c, t) => n + (state.t === '' || t === +state.t ? c : 0), 0);
+  return data.confusion.reduce((n, [t, p, c, v]) => n + (said(t, p, v) ? c : 0), 0);
 }
 
 function update() {
@@ -181,7 +192,7 @@ function show(o) {
   }
   $('#caption').textContent = caption(o, state.view);
   $('#picture').setAttribute('aria-label', `${describe(o)}. ${caption(o, state.view)}`);
-  $('#about').textContent = `Image ${o.i}, ${o.file}; ` + (comparing ? data.runs.map((r, k) => `loss ${o.loss[k].toFixed(2)} (${r})`).join(', ')
+  $('#about').textContent = verdict(o) + `Image ${o.i}, ${o.file}; ` + (comparing ? data.runs.map((r, k) => `loss ${o.loss[k].toFixed(2)} (${r})`).join(', ')
     : `loss ${o.loss[0].toFixed(2)}, probability of the actual class ${percent(o.actual, 1)}`);
   const rows = comparing ? data.runs.map((r, k) => [`${r}: ${name(o.p[k])}`, o.c[k], right(o, k)]) : o.top.map(([c, p]) => [name(c), p, c === o.t]);
   $('#odds-caption').textContent = comparing ? 'What each run says, and how sure it is' : 'Most probable classes';
@@ -258,7 +269,7 @@ for (const s of $$('[data-filter]')) s.addEventListener('change', () => {
   update();
 });
 
-// ---- links: #image-12, #image-12-difference, #true-3-predicted-5
+// ---- links: #image-12, #image-12-difference, #true-3-predicted-5, #verdict-0
 
 function follow() {
   let m = location.hash.match(/^#image-(\d+)(?:-([a-z]+))?$/);
@@ -271,16 +282,17 @@ function follow() {
     }
     if (m[2] && views.includes(m[2])) setView(m[2]);
     if (!found.includes(o)) {
-      Object.assign(state, {only: '', t: '', p: ''});
+      Object.assign(state, {only: '', t: '', p: '', v: ''});
       if (comparing) { state.a = o.p.findIndex(p => p === o.t); state.b = o.p.findIndex(p => p !== o.t); }
       update();
     }
     show(o);
     return;
   }
-  m = location.hash.match(/^#true-(\d+)-predicted-(\d+)$/);
-  if (!m || comparing) return;
-  Object.assign(state, {only: '', t: m[1], p: m[2]});
+  if (comparing) return;
+  if (m = location.hash.match(/^#true-(\d+)-predicted-(\d+)$/)) Object.assign(state, {only: '', t: m[1], p: m[2], v: ''});
+  else if (m = location.hash.match(/^#verdict-(\d+)$/)) Object.assign(state, {only: 'wrong', t: '', p: '', v: m[1]});
+  else return;
   open = null;
   viewer.close();
   update();
@@ -288,7 +300,7 @@ function follow() {
   (($('.tile')) || $('#gallery select')).focus({preventScroll: true});
 }
 addEventListener('hashchange', follow);
-for (const a of $$('a[href^="#true-"]')) a.addEventListener('click', e => { // the same link twice is no change of the address
+for (const a of $$('a[href^="#true-"], a[href^="#verdict-"]')) a.addEventListener('click', e => { // the same link twice is no change of the address
   e.preventDefault();
   history.pushState(null, '', a.getAttribute('href'));
   follow();

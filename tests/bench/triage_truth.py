@@ -1,6 +1,7 @@
-"""How well triage finds what we spoilt ourselves: python tests/bench/triage_truth.py flips|copies|crossfit --json PATH [--logits NPZ] [--data cifar10]
+"""How well triage finds what we spoilt ourselves: python tests/bench/triage_truth.py flips|shapes|copies|crossfit --json PATH [--logits NPZ] [--data cifar10]
 
 flips: labels of a test set flipped by seed, and what was said of its images before (`Evidence.save`): no data, no network, seconds.
+shapes: test labels of Shapes10 flipped by seed, and a network that was trained on its training images: a minute or two.
 copies: training images of Shapes10 moved by a pixel, mirrored and saved as JPEG, among images that are none.
 crossfit: training labels of CIFAR-10 flipped by seed, found by networks that have not seen them: folds × a training of the recipe."""
 import argparse, json, tempfile
@@ -11,8 +12,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from cifar_cam.triage import Evidence, compare_scores, copied, find_copies, flip_labels, load_evidence, measure_score, recall_at, read_triage, thumbnails
+from cifar_cam.copies import copied, find_copies, thumbnails
+from cifar_cam.evidence import Evidence, load_evidence
+from cifar_cam.run import environment
+from cifar_cam.triage import read_triage
+from cifar_cam.truth import compare_scores, flip_labels, measure_score, recall_at
 
+ALIKE = dict(circle='ring', ring='circle', square='house', house='square', triangle='arrow', arrow='triangle', star='cross', cross='star', heart='moon', moon='heart')  # shapes
 SIMILAR = {3: 5, 5: 3, 1: 9, 9: 1, 0: 8, 8: 0, 4: 7, 7: 4}  # cat and dog, automobile and truck, airplane and ship, deer and horse
 HERE = 'docs/results/speedrun-3-seeds/speedrun-20261123-082237/logits.npz'
 
@@ -28,6 +34,32 @@ def flips(logits=(HERE,), shares=(.01, .03, .1), seeds=(0, 1, 2)):
                 table = compare_scores([Evidence(o.files, o.classes, given, o.logits, o.plain) for o in kept], given != first.targs)
                 rows += [dict(share=share, flipped_to=name, seed=seed, **r) for r in table.to_dict('records')]
     return rows
+
+
+def said_of_shapes(recipe='speedrun', epochs=8, bs=64, lr=.05):
+    "What a network that was trained on Shapes10 says of its test images"
+    from cifar_cam.interpret import CamInterpretation
+    from cifar_cam.recipe import find_recipe, fit_recipe, pick_lrs, recipe_dls, recipe_learner
+    from cifar_cam.shapes import shapes_path
+    with tempfile.TemporaryDirectory() as tmp:
+        r = find_recipe(recipe, epochs=epochs, bs=bs, lr=lr, lr_min=lr/10)
+        learn = recipe_learner(r, recipe_dls(r, shapes_path(tmp), 0, hold_out=False, device='cpu'), 0)
+        with learn.no_bar(): fit_recipe(learn, r, pick_lrs(learn, r, show_plot=False))
+        return CamInterpretation.from_learner(learn).evidence(), dict(recipe=recipe, epochs=epochs, bs=bs, lr=lr, seed=0, trained_on=len(learn.dls.train_ds))
+
+
+def shapes(shares=(.05,), seeds=(0, 1, 2)):
+    "A row for each share, way of flipping, seed and way of scoring; how right the network is"
+    first,trained = said_of_shapes()
+    pairs = {first.classes.index(a): first.classes.index(b) for a,b in ALIKE.items()}
+    rows = []
+    for share in shares:
+        for name,similar in ('any class', None), ('similar class', pairs):
+            for seed in seeds:
+                given = flip_labels(first.targs, share, len(first.classes), seed, similar)
+                table = compare_scores([Evidence(first.files, first.classes, given, first.logits, first.plain)], given != first.targs)
+                rows += [dict(share=share, flipped_to=name, seed=seed, **r) for r in table.to_dict('records')]
+    return dict(network=dict(trained, accuracy=float((first.plain.argmax(1) == first.targs).mean()), tested_on=len(first.targs)), rows=rows)
 
 
 def copies(n=600, seed=1):
@@ -46,7 +78,7 @@ def copies(n=600, seed=1):
     alike[found.index] = found.likeness
     right = np.array([k in found.index and found.copy_of[k]==of for k,of in enumerate(i)])
     made,taken = np.arange(len(alike)) < n,alike >= .88
-    return dict(made=n, not_made=len(test), recall=float((right & taken[:n]).mean()), recall_by_kind={h: float((right & taken[:n])[how==h].mean()) for h in sorted({*how})},
+    return dict(made=n, not_made=len(test), among=len(train), seed=seed, recall=float((right & taken[:n]).mean()), recall_by_kind={h: float((right & taken[:n])[how==h].mean()) for h in sorted({*how})},
                 false_alarms=int(taken[n:].sum()), recall_at_precision_99=recall_at(alike, made), seconds=round(seconds, 1))
 
 
@@ -54,7 +86,7 @@ def crossfit(data='cifar10', share=.03, seeds=(0, 1, 2), folds=5, recipe='speedr
     "A row for each seed"
     from cifar_cam.crossfit import crossfit
     from cifar_cam.images import data_path
-    from cifar_cam.triage import doubtful_set
+    from cifar_cam.truth import doubtful_set
     rows = []
     for seed in seeds:
         spoilt = doubtful_set(Path(out)/f'spoilt-{share}-{seed}', data_path(data), share, 0, 0, seed, split='train')
@@ -67,15 +99,19 @@ def crossfit(data='cifar10', share=.03, seeds=(0, 1, 2), folds=5, recipe='speedr
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('what', choices=['flips', 'copies', 'crossfit'])
+    p.add_argument('what', choices=['flips', 'shapes', 'copies', 'crossfit'])
     p.add_argument('--json', help='the file that gets the record')
     p.add_argument('--logits', nargs='+', default=[HERE])
     p.add_argument('--data', default='cifar10')
     p.add_argument('--share', type=float, default=.03)
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     a = p.parse_args()
-    made = dict(flips=lambda: flips(a.logits, seeds=a.seeds), copies=copies, crossfit=lambda: crossfit(a.data, a.share, a.seeds))[a.what]()
-    record = dict(command=f'python tests/bench/triage_truth.py {a.what}', result=made)
+    start = perf_counter()
+    made = dict(flips=lambda: flips(a.logits, seeds=a.seeds), shapes=lambda: shapes(seeds=a.seeds), copies=copies, crossfit=lambda: crossfit(a.data, a.share, a.seeds))[a.what]()
+    env = environment('shapes', 'cpu', 0)
+    machine = {k: env[k] for k in ('processor', 'threads', 'python', 'torch', 'cifar_cam')}
+    record = dict(command=f'python tests/bench/triage_truth.py {a.what}', seeds=a.seeds, **machine, seconds=round(perf_counter() - start), result=made)
     text = json.dumps(record, indent=1) + '\n'
     if a.json: Path(a.json).write_text(text)
-    print(text if a.what != 'flips' else pd.DataFrame(made).groupby(['share', 'flipped_to', 'way'])[['precision', 'area']].mean().round(3).to_string())
+    rows = dict(flips=made, shapes=made['rows'] if a.what=='shapes' else None).get(a.what)
+    print(text if rows is None else pd.DataFrame(rows).groupby(['share', 'flipped_to', 'way'])[['precision', 'area']].mean().round(3).to_string())
