@@ -39,12 +39,15 @@ class AtSize(nn.Module):
         grow = max(1, self.side/min(h, w))
         return round(h*grow),round(w*grow)
 
-    def forward(self, x:torch.Tensor):
+    def resized(self,
+        x:torch.Tensor, # N×C×H×W
+    ) -> torch.Tensor:
+        "The images at the size at which the network sees them"
         size = self._size(*x.shape[2:])
-        if size!=x.shape[2:]:
-            smaller = size[0] < x.shape[2] or size[1] < x.shape[3]
-            x = F.interpolate(x, size, mode='bilinear', antialias=smaller)
-        return self.net(x*self.scale + self.shift)
+        smaller = size[0] < x.shape[2] or size[1] < x.shape[3]
+        return x if size==x.shape[2:] else F.interpolate(x, size, mode='bilinear', antialias=smaller)
+
+    def forward(self, x:torch.Tensor): return self.net(self.resized(x)*self.scale + self.shift)
 
 def _between(given, own):
     "(factor, addend) that turn images normalised with `given` into ones normalised with `own`"
