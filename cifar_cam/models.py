@@ -299,12 +299,13 @@ def build_model(
     arch:str, # a key of `MODELS`, 'timm/…' or 'torchvision/…'
     n_out:int=10, # classes
     norm:str='batch', # normalisation: see `norm_layer`; a library's network has its own
-    **kwargs, # for a library's network: see `library_model`
+    size:int=32, # the images' smaller side in pixels; ours take any
+    pretrained:bool=False, stats:tuple=None, # of a library's network: see `library_model`
 ) -> nn.Module:
     "The network called `arch`. Raises InputError that lists the names there are"
-    if is_library(arch): return library_model(arch, n_out, norm, **kwargs)
+    if is_library(arch): return library_model(arch, n_out, norm, size, pretrained, stats)
     if arch not in MODELS:
         raise InputError(f"unknown network {arch!r}: choose one of {', '.join(MODELS)}, 'timm/…', 'torchvision/…'")
-    if kwargs.get('pretrained'):
+    if pretrained:
         raise InputError(f"{arch} has no weights trained elsewhere: pass pretrained=False")
     return MODELS[arch](n_out=n_out, norm=norm)
