@@ -339,7 +339,7 @@ def cam_maps(
     output=None, # picks the logits from what the model gives: see `find_logits`
     reshape:Callable=None, # the layer's output → N×C×H×W, where its layout is not found: as `reshape_transform`
     aug_smooth:bool=False, # the mean over flips and brightness, as in the library: six times the cost
-    **kwargs, # the library's options of the method; `batch_size`, where it runs the network often; `upright` of EigenCAM
+    **kwargs, # the library's options of the method; `batch_size`, where it runs often; `upright` of EigenCAM
 ) -> CamMaps: # maps, preds, blank
     "Class activation maps. Raises InputError for an unknown method, layer or target, and for a map that is too small"
     (key,cls),model = cam_method(method),unwrap(model)

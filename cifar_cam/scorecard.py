@@ -24,9 +24,9 @@ from .library import AtSize
 from .shapes import load_mask, mask_path
 from .panels import new_figure
 from .interpret import CamInterpretation
-from .measures import (bootstrap_interval, cascade, deletion_insertion, energy_inside, grid_maps, grid_pg, layer_names,
-                                montage, pick_montages, pointing_game, positive_maps, randomised, rank_correlation,
-                                road, target_probs)
+from .measures import (bootstrap_interval, cascade, deletion_insertion, energy_inside, grid_maps, grid_pg,
+                                layer_names, montage, pick_montages, pointing_game, positive_maps, randomised,
+                                rank_correlation, road, target_probs)
 from .forward import unwrap
 from .layers import cam_layer
 from .cam import cam_method
@@ -99,8 +99,8 @@ def caption(self:Scorecard) -> str:
     if a['montages']: montages = f"{a['montages']} montages{shrunk or ','} layer {named(a['montage_layer'])}, from"
     out = ''.join(f' Left out: {m} ({why}).' for m,why in a.get('left_out', {}).items())
     return (f"{a['images']} of {a['correct']:,} correctly classified images ({a['total']:,} in all), layer "
-            f"{named(a['layer'])}. GridPG: {montages} {a['eligible']:,} images with a probability of {a['min_prob']} or more. "
-            f"95 % bootstrap intervals, seed {a['seed']}.{marked}{out}")
+            f"{named(a['layer'])}. GridPG: {montages} {a['eligible']:,} images with a probability of "
+            f"{a['min_prob']} or more. 95 % bootstrap intervals, seed {a['seed']}.{marked}{out}")
 
 @patch
 def __repr__(self:Scorecard): return f'{self.text().to_string()}\n{self.caption()}'
@@ -270,7 +270,8 @@ def score_cams(
     output=None, reshape=None, # see `cam_maps`; an interpretation remembers its own output
 ) -> Scorecard:
     """Are these methods' maps to be believed? On the learner's last loader: the test images. A method that gives no map
-    of this network is left out, and the caption says why. Raises InputError for wrong methods, layers, numbers, masks"""
+    of this network is left out, and the caption says why. Raises InputError for wrong methods, layers, numbers,
+    masks"""
     methods = [cam_method(m)[0] for m in ([methods] if isinstance(methods, str) else methods)]
     check_seed(seed)
     if n < 1 or montages < 0 or not methods:
