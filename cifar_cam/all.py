@@ -10,6 +10,7 @@ from cifar_cam.formats import *
 from cifar_cam.images import *
 from cifar_cam.augment import *
 from cifar_cam.loaders import *
+from cifar_cam.library import *
 from cifar_cam.models import *
 from cifar_cam.optimizers import *
 from cifar_cam.schedule import *

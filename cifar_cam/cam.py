@@ -190,7 +190,7 @@ class _Question(NamedTuple):
     output: object
     reshape: Callable
 
-def _layer_maps(model, q, key, cls, name, eigen_smooth=False, batch_size=64, **options):
+def _layer_maps(model, q, key, cls, name, eigen_smooth=False, batch_size=64, upright=False, **options):
     "Signed maps N×h×w and logits, for the methods that look at one layer"
     path,_,run = name.partition(':')
     if run and key == 'ablationcam':
@@ -204,8 +204,14 @@ def _layer_maps(model, q, key, cls, name, eigen_smooth=False, batch_size=64, **o
     acts,at = to_map(leaf),None if grads is None else to_map(grads)
     if key == 'shapleycam': maps = _shapley_image(cam, x, layer, targets, leaf, grads, to_map, eigen_smooth)
     else: maps = _images_of(cam, key, x, layer, targets, leaf, acts, at, eigen_smooth)
+    if upright: maps = _upright(maps, acts)
     lost = ~acts.detach().flatten(1).isfinite().all(1) # the library puts 0 for NaN in some methods: a map of nothing
     return maps.masked_fill(lost[:, None, None], torch.nan),logits
+
+def _upright(maps, acts):
+    "Maps with the sign that agrees with the layer's mean activation"
+    against = (maps*(acts.mean(1) - acts.mean((1, 2, 3))[:, None, None])).sum((1, 2)) < 0
+    return torch.where(against[:, None, None], -maps, maps).detach()
 
 def _images_of(cam, key, x, layer, targets, leaf, acts, grads, eigen_smooth):
     "The library's signed maps, ScoreCAM's a few at a time"
@@ -306,6 +312,7 @@ def _check_options(key, cls, given):
     own = set(signature(cls).parameters) - ours
     if key == 'finercam': own |= {'alpha', 'comparison_categories'}
     if key in ('scorecam', 'ablationcam', 'fullgrad'): own.add('batch_size')
+    if key in ('eigencam', 'eigengradcam', 'kpca'): own.add('upright')
     if key not in ('fullgrad', 'refinecam', 'rollout'): own.add('eigen_smooth')
     bad,there = (', '.join(sorted(s)) for s in (set(given) - own, own))
     if bad:
@@ -332,7 +339,7 @@ def cam_maps(
     output=None, # picks the logits from what the model gives: see `find_logits`
     reshape:Callable=None, # the layer's output → N×C×H×W, where its layout is not found: as `reshape_transform`
     aug_smooth:bool=False, # the mean over flips and brightness, as in the library: six times the cost
-    **kwargs, # the library's own options of the method; `batch_size` of those that run the network several times
+    **kwargs, # the library's options of the method; `batch_size`, where it runs often; `upright` of EigenCAM
 ) -> CamMaps: # maps, preds, blank
     "Class activation maps. Raises InputError for an unknown method, layer or target, and for a map that is too small"
     (key,cls),model = cam_method(method),unwrap(model)

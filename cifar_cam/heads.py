@@ -14,6 +14,7 @@ from fastai.vision.all import noop
 from torch import nn
 
 from .core import InputError
+from .forward import find_logits
 
 # %% ../nbs/13b_heads.ipynb #13bact1
 _SIGMOIDS = nn.BCEWithLogitsLoss,nn.SoftMarginLoss,nn.MultiLabelSoftMarginLoss
@@ -56,11 +57,13 @@ class TwoClasses(nn.Module):
     "A network with one output as one of two classes"
     def __init__(self,
         net:nn.Module, # gives one logit for each image
+        output=None, # picks it from what the network gives: see `find_logits`
     ):
         super().__init__()
-        self.net = net
+        self.net,self.output = net,output
     def forward(self, x:torch.Tensor) -> torch.Tensor:
-        half = self.net(x).view(-1, 1)/2
+        out = self.net(x)
+        half = (out if torch.is_tensor(out) else find_logits(out, self.output)).view(-1, 1)/2
         return torch.cat([-half, half], 1)
 
 # %% ../nbs/13b_heads.ipynb #13bname1

@@ -99,23 +99,27 @@ def asked(self:CamInterpretation,
     return torch.full((len(idxs),), class_index(target, self.vocab, "'predicted', 'actual', 'rival' or "))
 
 # %% ../nbs/14_interpret.ipynb #d85967d5
+def _modules(model, layer):
+    "Layers themselves, for a model in which they have other names"
+    if isinstance(layer, (list, tuple)): return [_modules(model, l) for l in layer]
+    return find_layer(unwrap(model), layer)[1] if isinstance(layer, str) and layer != 'auto' else layer
+
 @patch
 def cams(self:CamInterpretation,
     idxs:list, # places in the data set
     target:str|list='predicted', # whose maps: see `asked`
     method:str='hirescam', # a CAM method of pytorch-grad-cam: see `cam_maps`
-    layer:str|nn.Module='auto', # target layer; 'auto' is the deepest whose map is at least `min_px` a side
+    layer:str|nn.Module|list='auto', # target layer, or several; 'auto' is the deepest of at least `min_px` a side
     min_px:int=5, # smallest side of a map that is of use
-    **kwargs, # more for `cam_maps`, such as `eigen_smooth`
+    **kwargs, # more for `cam_maps`, such as `aug_smooth`, `eigen_smooth`, `reshape`
 ) -> tuple: # (maps float32 N×H×W in [0,1], N booleans: blank)
     "The class activation maps of images, in batches"
     classes,found,model = self.asked(idxs, target),[],self.learn.model
-    if self.one_output:
-        if isinstance(layer, str) and layer != 'auto': layer = find_layer(unwrap(model), layer)[1]
-        model = TwoClasses(unwrap(model))
+    output = kwargs.pop('output', self.output)
+    if self.one_output: layer,model,output = _modules(model, layer),TwoClasses(unwrap(model), output),None
     for xb in self.batches(idxs):
         t,classes = classes[:len(xb)],classes[len(xb):]
-        found.append(cam_maps(model, xb, method, layer, t, min_px=min_px, **kwargs))
+        found.append(cam_maps(model, xb, method, layer, t, min_px=min_px, output=output, **kwargs))
     maps,blank = (torch.cat(o).cpu().numpy() for o in ([f.maps.float() for f in found], [f.blank for f in found]))
     return maps,blank
 

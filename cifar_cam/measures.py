@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['positive_maps', 'cell_shares', 'energy_inside', 'pointing_game', 'pick_montages', 'montage', 'grid_maps', 'grid_pg',
            'removal_order', 'target_probs', 'impute_pixels', 'road', 'deletion_insertion', 'randomised',
-           'rank_correlation', 'cascade', 'bootstrap_interval']
+           'rank_correlation', 'layer_names', 'cascade', 'bootstrap_interval']
 
 # %% ../nbs/15_measures.ipynb #15imp1m
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from .core import InputError
-from .forward import untouched, unwrap
+from .forward import find_logits, untouched, unwrap
 from .layers import find_layer, map_sizes
 from .cam import cam_maps
 
@@ -39,13 +39,14 @@ def positive_maps(
     x:torch.Tensor, # normalised images: N×C×H×W
     targets:torch.Tensor, # the class asked about in each image: N indices
     method:str='gradcam', # see `cam_maps`
-    layer:str|nn.Module='auto', min_px:int=5, # see `cam_layer`
+    layer:str|nn.Module|list='auto', min_px:int=5, # see `cam_maps`
     seed:int=0, # for RandomCAM
     bs:int=128, # images a batch
+    **kwargs, # more for `cam_maps`: output, reshape, ...
 ) -> torch.Tensor: # float64 N×h×w, on the CPU
     "The positive part of each map at the layer's resolution; NaN where the network's output is not finite"
     with _numpy_seed(seed):
-        found = [cam_maps(model, xb, method, layer, t, raw=True, min_px=min_px)
+        found = [cam_maps(model, xb, method, layer, t, raw=True, min_px=min_px, **kwargs)
                  for xb,t in zip(x.split(bs), targets.split(bs))]
     lost = torch.cat([~f.preds.isfinite().all(1) for f in found])
     return torch.cat([f.maps for f in found]).clamp(min=0).masked_fill(lost[:, None, None], torch.nan).cpu().double()
@@ -153,12 +154,16 @@ def target_probs(
     x:torch.Tensor, # normalised images: N×C×H×W
     targets:torch.Tensor, # N indices
     bs:int=256, # images a batch
+    output=None, # picks the logits: see `find_logits`
 ) -> torch.Tensor: # N probabilities, on the CPU
-    "The softmax probability of one class for each image"
+    "The softmax probability of one class for each image; a single logit is that of the second of two classes"
     model,x = unwrap(model),x.as_subclass(torch.Tensor)
     p = next(model.parameters())
     with untouched(model):
-        probs = torch.cat([model(xb.to(p.device, p.dtype)).float().softmax(1).cpu() for xb in x.split(bs)])
+        outs = [find_logits(model(xb.to(p.device, p.dtype)), output).float().cpu() for xb in x.split(bs)]
+    logits = torch.cat(outs)
+    if logits.shape[1] == 1: logits = torch.cat([-logits, logits], 1)/2 # their softmax is the sigmoid
+    probs = logits.softmax(1)
     return probs.gather(1, targets.cpu().as_subclass(torch.Tensor)[:, None])[:, 0]
 
 # %% ../nbs/15_measures.ipynb #22df5c16
@@ -213,6 +218,7 @@ def road(
     percentiles:tuple=tuple(range(10, 100, 10)), # percent of the pixels that stay, as in the library
     noise:float=0.01, # standard deviation, in units of the normalised image, as in the library
     seed:int=0, # of the noise and of the order of equal pixels
+    output=None, # picks the logits: see `find_logits`
 ) -> torch.Tensor: # N scores: half of (probability without the least − without the most important pixels)
     "ROAD, combined: higher is better, a random order gives 0, NaN for a NaN map (Rong et al. 2022)"
     order,(H,W) = removal_order(maps, x.shape[2:], seed),x.shape[2:]
@@ -222,7 +228,8 @@ def road(
         gone = H*W - ceil(p*(H*W - 1)/100) # as many as reach the library's threshold when no two pixels are equal
         for sign,first in ((-1, order), (1, order.flip(1))):
             keep = torch.ones(len(x), H*W, dtype=torch.bool).scatter(1, first[:, :gone], False).view(-1, H, W)
-            score += sign*target_probs(model, impute_pixels(x, keep, eps), targets)/(2*len(percentiles))
+            probs = target_probs(model, impute_pixels(x, keep, eps), targets, output=output)
+            score += sign*probs/(2*len(percentiles))
     return score.masked_fill(maps.isnan().flatten(1).any(1).cpu(), torch.nan)
 
 # %% ../nbs/15_measures.ipynb #11cf3d71
@@ -233,6 +240,7 @@ def deletion_insertion(
     maps:torch.Tensor, # N×h×w
     steps:int=16, # parts in which the pixels go: 64 pixels each at 32×32, four cells of an 8×8 map
     seed:int=0, # for the order of equal pixels
+    output=None, # picks the logits: see `find_logits`
 ) -> tuple: # N areas under the deletion curve, N areas under the insertion curve
     """Deletion, lower is better, and insertion, higher is better, from an 11×11 Gaussian blur of σ=5 (Petsiuk et al.
     2018)"""
@@ -240,7 +248,8 @@ def deletion_insertion(
     done = torch.linspace(0, rank[0].numel(), steps + 1).round()
     lost = maps.isnan().flatten(1).any(1).cpu()
     def area(first, rest):
-        curve = torch.stack([target_probs(model, torch.where(rank < k, first, rest), targets) for k in done], 1)
+        def probs(k): return target_probs(model, torch.where(rank < k, first, rest), targets, output=output)
+        curve = torch.stack([probs(k) for k in done], 1)
         return torch.trapezoid(curve, done/done[-1], dim=1).masked_fill(lost, torch.nan)
     return area(torch.zeros_like(x), x),area(x, gaussian_blur(x, [11, 11], [5., 5.]))
 
@@ -294,17 +303,26 @@ def rank_correlation(
     size = np.sqrt((ra**2).sum(1)*(rb**2).sum(1))
     return np.where(lost, np.nan, np.divide((ra*rb).sum(1), size, out=np.zeros(len(a)), where=size > 0))
 
+def layer_names(
+    model:nn.Module, # a classifier of images
+    layer:str|nn.Module|list, # a layer or several, by name or themselves
+) -> str|list: # 'auto' as it is
+    "Layers by their names, which a copy of the network shares"
+    if isinstance(layer, (list, tuple)): return [layer_names(model, l) for l in layer]
+    return layer if isinstance(layer, str) else find_layer(unwrap(model), layer)[0]
+
 def cascade(
     model:nn.Module, # a classifier of images; stays as it is
     x:torch.Tensor, # normalised images: N×C×H×W
     targets:torch.Tensor, # N indices
     method:str='gradcam', # see `cam_maps`
-    layer:str|nn.Module='auto', min_px:int=5, # see `cam_layer`
+    layer:str|nn.Module|list='auto', min_px:int=5, # see `cam_maps`
     seed:int=0, # of the random weights
+    **kwargs, # more for `cam_maps`: output, reshape, ...
 ) -> dict: # layer → N correlations with the trained network's maps, from the top down
     "What remains of the maps as the network is destroyed from the top (Adebayo et al. 2018)"
-    if not isinstance(layer, str): layer = find_layer(unwrap(model), layer)[0] # the copy has other modules
-    def maps(net): return positive_maps(net, x, targets, method, layer, min_px, seed)
+    layer = layer_names(model, layer) # the copy has other modules
+    def maps(net): return positive_maps(net, x, targets, method, layer, min_px, seed, **kwargs)
     trained = maps(model)
     return {name: rank_correlation(trained, maps(net)) for name,net in randomised(model, x, seed)}
 

@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from .core import InputError
+from .library import is_library, library_model
 
 # %% ../nbs/05_models.ipynb #37880161
 # 32 groups: Wu & He's choice
@@ -295,11 +296,16 @@ MODELS = {'resnet18': cifar_resnet18, 'resnet34': cifar_resnet34, 'davidnet': da
           'davidnet-unscaled': partial(davidnet, scale=1.)}
 
 def build_model(
-    arch:str, # a key of `MODELS`
+    arch:str, # a key of `MODELS`, 'timm/…' or 'torchvision/…'
     n_out:int=10, # classes
-    norm:str='batch', # normalisation: see `norm_layer`
+    norm:str='batch', # normalisation: see `norm_layer`; a library's network has its own
+    size:int=32, # the images' smaller side in pixels; ours take any
+    pretrained:bool=False, stats:tuple=None, # of a library's network: see `library_model`
 ) -> nn.Module:
     "The network called `arch`. Raises InputError that lists the names there are"
+    if is_library(arch): return library_model(arch, n_out, norm, size, pretrained, stats)
     if arch not in MODELS:
-        raise InputError(f"unknown network {arch!r}: choose one of {', '.join(MODELS)}")
+        raise InputError(f"unknown network {arch!r}: choose one of {', '.join(MODELS)}, 'timm/…', 'torchvision/…'")
+    if pretrained:
+        raise InputError(f"{arch} has no weights trained elsewhere: pass pretrained=False")
     return MODELS[arch](n_out=n_out, norm=norm)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .core import InputError
 from .photos import open_photo, Squeeze
-from .forward import untouched, unwrap
+from .forward import find_logits, untouched, unwrap
 from .layers import find_layer
 from .cam import cam_maps
 from .panels import cut_text, draw_cam, new_figure, short_number
@@ -45,20 +45,21 @@ def _squeezed(photo, size, stats, model):
     return ((x - mean)/std).to(next(model.parameters()).device)
 
 # %% ../nbs/14b_photo.ipynb #14cmap
-def _of_classes(model, layer, x, n):
-    "The network and the layer, for a network with one output as `TwoClasses`"
-    if n != 2: return model,layer,False
+def _of_classes(model, layer, x, n, output):
+    "The network, the layer and what picks the logits; of a network with one output as `TwoClasses`, and whether it is"
+    if n != 2: return model,layer,output,False
     model = unwrap(model)
     with untouched(model): out = model(x.to(next(model.parameters()).dtype))
-    if not (torch.is_tensor(out) and out.numel()==1): return model,layer,False
+    if not (torch.is_tensor(out) and output is None): out = find_logits(out, output)
+    if out.numel() != 1: return model,layer,output,False
     if isinstance(layer, str) and layer != 'auto': layer = find_layer(model, layer)[1]
-    return TwoClasses(model),layer,True
+    return TwoClasses(model, output),layer,None,True
 
 # %% ../nbs/14b_photo.ipynb #7be7462d
 def explain_image(
     learn:Learner|nn.Module, # a learner; or a network, and then `vocab` and `stats` too
     photo:str|Path|Image.Image, # any size and mode
-    method:str='hirescam', layer:str='auto', min_px:int=5, # see `cam_maps`
+    method:str='hirescam', layer:str|nn.Module|list='auto', min_px:int=5, # see `cam_maps`
     target:str=None, # the class asked about; None: the likeliest one
     vocab:list=None, # class names, in the order of the network's outputs
     stats:tuple=None, # channel means and standard deviations that training images were normalised with
@@ -67,7 +68,8 @@ def explain_image(
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
     act=None, # makes probabilities of the outputs; None: the learner's own activation, or a softmax
     cmap:str='inferno', alpha:float=.8, # of the map: see `overlay`
-    **kwargs, # more for `cam_maps`, such as `eigen_smooth`
+    output=None, # picks the logits from what the network gives: see `find_logits`
+    **kwargs, # more for `cam_maps`, such as `aug_smooth`, `eigen_smooth`, `reshape`
 ) -> tuple: # (figure, {class: probability}, likeliest first)
     """Where a network looks in a photo, and its three likeliest classes. The whole photo is squeezed to `size`.
     Raises InputError for a photo that cannot be read, an unknown class, and a network without `vocab` and `stats`"""
@@ -82,8 +84,8 @@ def explain_image(
     names = [str(c) for c in vocab]
     asked = target if target is None else class_index(target, names)
     x = _squeezed(im, size, stats, model)
-    net,layer,one = _of_classes(model, layer, x, len(names))
-    res = cam_maps(net, x, method, layer, asked, min_px=min_px, **kwargs)
+    net,layer,output,one = _of_classes(model, layer, x, len(names), output)
+    res = cam_maps(net, x, method, layer, asked, min_px=min_px, output=output, **kwargs)
     if one: act = act or (None if loss_func else torch.sigmoid)
     out = 2*res.preds[:, 1:] if one else res.preds # half the logit: see `TwoClasses`
     probs = dict(sorted(zip(names, class_probs(out, len(names), loss_func, act)[0][0].tolist()), key=lambda o: -o[1]))

@@ -22,6 +22,7 @@ from scipy.stats import binomtest
 from sklearn import metrics as skm
 
 from .core import InputError
+from .forward import find_logits
 from .heads import class_index, class_probs
 from .panels import fit_text, new_figure
 
@@ -50,12 +51,11 @@ def _takes_reduction(loss_func):
     params = {} if hasattr(loss_func, 'reduction') else signature(loss_func).parameters
     return not params or 'reduction' in params or any(p.kind==Parameter.VAR_KEYWORD for p in params.values())
 
-def _run(learn, dl):
+def _run(learn, dl, output=None):
     "Outputs, targets and losses of all images. A loss that cannot be left unreduced is asked image by image"
     each = _takes_reduction(learn.loss_func)
     with _as_valid(dl): out,targs,*losses = learn.get_preds(dl=dl, with_loss=each, act=noop)
-    if not torch.is_tensor(out):
-        raise InputError(f'the network gives a {type(out).__name__}: predictions need one tensor of outputs')
+    if not torch.is_tensor(out) or output is not None: out = find_logits(out, output)
     losses = losses[0] if each else torch.stack([learn.loss_func(out[i:i+1], targs[i:i+1]) for i in range(len(out))])
     out,targs,losses = (t.detach().cpu().as_subclass(torch.Tensor) for t in (out, targs, losses))
     if targs.ndim != 1:
@@ -66,6 +66,7 @@ def _run(learn, dl):
 class Predictions(ClassificationInterpretation):
     "fastai's `ClassificationInterpretation` after a single run over the images"
     one_output = False # the network has one output for two classes: see `TwoClasses`
+    output = None # picks the logits from what the network gives: see `find_logits`
     def __init__(self,
         learn:Learner, # the trained network and its loaders
         dl:DataLoader, # the loader that was run over, in the data set's order
@@ -84,15 +85,16 @@ class Predictions(ClassificationInterpretation):
         ds_idx:int=1, # which of the learner's loaders: 0 train, 1 validation, -1 the last
         dl:DataLoader=None, # another loader, with labels: from `learn.dls.test_dl(files, with_labels=True)`
         act=None, # makes probabilities of the network's output; None: the loss function's
+        output=None, # picks the logits from what the network gives: see `find_logits`
     ):
         """Run over all images once, without augmentation. The loss is the learner's loss function, image by image.
         Raises InputError for a loader whose images have not one class each, or one that leaves images out"""
         dl = (learn.dls[ds_idx] if dl is None else dl).new(shuffle=False, drop_last=False)
         _check(dl)
-        out,targs,losses = _run(learn, dl)
+        out,targs,losses = _run(learn, dl, output)
         probs,preds = class_probs(out, len(_vocab(dl)), learn.loss_func, act)
         found = cls(learn, dl, losses, act, probs, targs, preds)
-        found.one_output = out.numel()==len(out)
+        found.one_output,found.output = out.numel()==len(out),output
         return found
 
 def _vocab(dl):

@@ -17,16 +17,18 @@ from fastai.vision.all import Learner, patch
 from fastprogress import progress_bar
 from matplotlib.figure import Figure
 from torch import nn
+from torch.nn import functional as F
 
 from .core import check_seed, InputError, save_atomically, writing
+from .library import AtSize
 from .shapes import load_mask, mask_path
 from .panels import new_figure
 from .interpret import CamInterpretation
 from .measures import (bootstrap_interval, cascade, deletion_insertion, energy_inside, grid_maps, grid_pg,
-                                montage, pick_montages, pointing_game, positive_maps, randomised, rank_correlation,
-                                road, target_probs)
+                                layer_names, montage, pick_montages, pointing_game, positive_maps, randomised,
+                                rank_correlation, road, target_probs)
 from .forward import unwrap
-from .layers import cam_layer, find_layer
+from .layers import cam_layer
 from .cam import cam_method
 
 # %% ../nbs/16_scorecard.ipynb #e013449b
@@ -91,11 +93,14 @@ def caption(self:Scorecard) -> str:
     "What the numbers were made from"
     a = self.about
     marked = f" † survives random weights (mean |ρ| of {SURVIVES} or more)." if self.survivors else ''
+    def named(layer): return ' and '.join(layer) if isinstance(layer, list) else layer
     montages = 'no montage could be made from'
-    if a['montages']: montages = f"{a['montages']} montages, layer {a['montage_layer']}, from"
+    shrunk = ', shrunk to the size of one image,'*a.get('shrunk', False)
+    if a['montages']: montages = f"{a['montages']} montages{shrunk or ','} layer {named(a['montage_layer'])}, from"
+    out = ''.join(f' Left out: {m} ({why}).' for m,why in a.get('left_out', {}).items())
     return (f"{a['images']} of {a['correct']:,} correctly classified images ({a['total']:,} in all), layer "
-            f"{a['layer']}. GridPG: {montages} {a['eligible']:,} images with a probability of {a['min_prob']} or more. "
-            f"95 % bootstrap intervals, seed {a['seed']}.{marked}")
+            f"{named(a['layer'])}. GridPG: {montages} {a['eligible']:,} images with a probability of "
+            f"{a['min_prob']} or more. 95 % bootstrap intervals, seed {a['seed']}.{marked}{out}")
 
 @patch
 def __repr__(self:Scorecard): return f'{self.text().to_string()}\n{self.caption()}'
@@ -172,7 +177,7 @@ def plot_cascade(self:Scorecard,
     return fig
 
 # %% ../nbs/16_scorecard.ipynb #6a2074f6
-def _image_scores(model, x, y, maps, masks, seed):
+def _image_scores(model, x, y, maps, masks, seed, output=None):
     "The measures that need the images, their maps and, for two of them, masks"
     scores = {}
     if masks is not None:
@@ -180,16 +185,16 @@ def _image_scores(model, x, y, maps, masks, seed):
         if len(x) > 1:
             scores |= dict(energy_other=energy_inside(maps, masks.roll(1, 0)),
                            pointing_other=pointing_game(maps, masks.roll(1, 0)))
-    scores |= dict(road=road(model, x, y, maps, seed=seed))
-    scores['deletion'],scores['insertion'] = deletion_insertion(model, x, y, maps, seed=seed)
+    scores |= dict(road=road(model, x, y, maps, seed=seed, output=output))
+    scores['deletion'],scores['insertion'] = deletion_insertion(model, x, y, maps, seed=seed, output=output)
     return {k: v.numpy() for k,v in scores.items()}
 
 def _count(maps): return dict(zero=int((maps.sum((1, 2)) == 0).sum()), nan=int(maps.isnan().flatten(1).any(1).sum()))
 
-def _chance_scores(model, x, y, maps, masks, seed):
+def _chance_scores(model, x, y, maps, masks, seed, output=None):
     "`_image_scores` of noise with as many cells as `maps`, with the expected value where it is known"
     noise = torch.rand(maps.shape, generator=torch.Generator().manual_seed(seed))
-    scores = _image_scores(model, x, y, noise, None, seed)
+    scores = _image_scores(model, x, y, noise, None, seed, output)
     if masks is not None: scores |= dict.fromkeys(('energy', 'pointing'), masks.double().mean((1, 2)).numpy())
     return scores | dict(gridpg=np.array([0.25]), randomisation=np.abs(rank_correlation(noise, maps)))
 
@@ -219,25 +224,54 @@ def _sample(interp, n, montages, min_prob, seed):
                            montages=len(fours))
 
 # %% ../nbs/16_scorecard.ipynb #3ec67060
-def _check_tiles(model, tile):
-    try: target_probs(model, tile, torch.zeros(1, dtype=torch.long))
-    except RuntimeError as e:
-        raise InputError(f"the network takes no montage of four images, {tile.shape[2]}×{tile.shape[3]} "
-                         f"({str(e).splitlines()[0]}): leave GridPG out by montages=0") from None
+def _takes(model, tile, output):
+    try: target_probs(model, tile, torch.zeros(1, dtype=torch.long), output=output)
+    except (RuntimeError, AssertionError, ValueError): return False
+    return True
 
+def _tiles(model, parts, output):
+    "(montages as the network takes them, have they shrunk to the size of one image?)"
+    net = unwrap(model)
+    if isinstance(net, AtSize) and not net.fixed: parts = net.resized(parts) # so that each part is seen as if alone
+    tiles = montage(parts, torch.arange(len(parts)).view(-1, 4))
+    if _takes(model, tiles[:1], output): return tiles,isinstance(net, AtSize) and net.fixed
+    return F.interpolate(tiles, parts.shape[2:], mode='bilinear', antialias=True),True
+
+def _fitting(model, x, y, methods, how):
+    "(the methods that give a map of this network, {method: why not})"
+    kept,left_out = [],{}
+    for m in dict.fromkeys(methods):
+        try: positive_maps(model, x[:1], y[:1], m, **how)
+        except InputError as e: left_out[m] = str(e)
+        else: kept.append(m)
+    if not kept:
+        raise InputError(next(iter(left_out.values())))
+    return kept,left_out
+
+
+# %% ../nbs/16_scorecard.ipynb #16found1
+def _found_layer(model, layer, x, min_px, output, reshape):
+    "The name of the layer that is taken for the images `x`, or the names"
+    if isinstance(layer, list): return [_found_layer(model, l, x, min_px, output, reshape) for l in layer]
+    if reshape and layer != 'auto': return layer
+    return cam_layer(model, layer, min_px=min_px, x=x, output=output)[0]
+
+# %% ../nbs/16_scorecard.ipynb #16score1
 def score_cams(
     learn:Learner|CamInterpretation, # a trained network and its loaders, or its predictions on one of them
     methods:tuple=CAM_METHODS, # see `cam_maps`
     n:int=100, # images, drawn among those that are right
     montages:int=500, # for GridPG, at most
     masks=None, # N×H×W booleans, one for each image of the loader; None: those of Shapes10, where the images have them
-    layer:str|nn.Module='auto', min_px:int=5, # see `cam_layer`
+    layer:str|nn.Module|list='auto', min_px:int=5, # see `cam_maps`
     min_prob:float=0.9, # probability from which on an image may be part of a montage
     seed:int=0, # of images, montages, noise, random weights and intervals
     progress:bool=True, # show a bar
+    output=None, reshape=None, # see `cam_maps`; an interpretation remembers its own output
 ) -> Scorecard:
-    """Are these methods' maps to be believed? On the learner's last loader: the test images. Raises InputError for
-    wrong methods, layers, numbers, masks"""
+    """Are these methods' maps to be believed? On the learner's last loader: the test images. A method that gives no map
+    of this network is left out, and the caption says why. Raises InputError for wrong methods, layers, numbers,
+    masks"""
     methods = [cam_method(m)[0] for m in ([methods] if isinstance(methods, str) else methods)]
     check_seed(seed)
     if n < 1 or montages < 0 or not methods:
@@ -245,35 +279,34 @@ def score_cams(
                          'one image and one method at least')
     interp = learn
     if not isinstance(learn, CamInterpretation):
-        interp = CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
+        interp = CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1, output=output)
     model,(idxs,fours,about) = interp.learn.model,_sample(interp, n, montages, min_prob, seed)
-    if not isinstance(layer, str): layer = find_layer(unwrap(model), layer)[0] # copies of the model have other modules
+    layer,output = layer_names(model, layer),interp.output if output is None else output
     x,y,masks = interp[idxs][0].as_subclass(torch.Tensor),interp.targs[idxs],_masks(interp, idxs, masks)
-    tiles = None
-    if len(fours):
-        tiles = montage(interp[fours][0].as_subclass(torch.Tensor), torch.arange(fours.numel()).view(-1, 4))
-        _check_tiles(model, tiles[:1])
-    def found_layer(o): return None if o is None else cam_layer(model, layer, min_px=min_px, x=o[:1])[0]
-    about |= dict(layer=found_layer(x), montage_layer=found_layer(tiles))
+    tiles,shrunk = _tiles(model, interp[fours][0].as_subclass(torch.Tensor), output) if len(fours) else (None, False)
+    def found(o): return None if o is None else _found_layer(model, layer, o[:1], min_px, output, reshape)
+    about |= dict(layer=found(x), montage_layer=found(tiles), shrunk=shrunk)
+    given = dict(layer=layer, min_px=min_px, seed=seed, output=output, reshape=reshape)
+    methods,about['left_out'] = _fitting(model, x, y, methods, given)
     *_,(_,untrained) = randomised(model, x, seed)
     rows = {m: (model, m) for m in dict.fromkeys([*methods, 'randomcam'])}
     rows[f'{methods[0]}, random weights'] = untrained,methods[0]
-    scores,found,cascades = {},{},{}
+    scores,counts,cascades = {},{},{}
     for row,(net,method) in (progress_bar(rows.items(), leave=False) if progress else rows.items()):
-        how = dict(method=method, layer=layer, min_px=min_px, seed=seed)
+        how = dict(given, method=method)
         maps = positive_maps(net, x, y, **how)
-        scores[row],found[row] = _image_scores(model, x, y, maps, masks, seed),_count(maps)
+        scores[row],counts[row] = _image_scores(model, x, y, maps, masks, seed, output),_count(maps)
         if tiles is not None:
             of_four = grid_maps(net, tiles, interp.targs[fours], **how)
-            scores[row]['gridpg'],counts = grid_pg(of_four).mean(1).numpy(),_count(of_four.flatten(0, 1))
-            found[row] |= {f'montage_{k}': v for k,v in counts.items()}
+            scores[row]['gridpg'],of_montages = grid_pg(of_four).mean(1).numpy(),_count(of_four.flatten(0, 1))
+            counts[row] |= {f'montage_{k}': v for k,v in of_montages.items()}
         if net is model:
             remains = {l: np.abs(r) for l,r in cascade(model, x, y, **how).items()}
             scores[row]['randomisation'] = [*remains.values()][-1]
             cascades[row] = {l: _mean(r) for l,r in remains.items()}
-    like = positive_maps(model, x, y, methods[0], layer, min_px, seed)
-    scores['chance'] = _chance_scores(model, x, y, like, masks, seed)
-    return Scorecard(scores, found, cascades, dict(about, methods=methods, classes=[str(c) for c in interp.vocab],
+    like = positive_maps(model, x, y, methods[0], **given)
+    scores['chance'] = _chance_scores(model, x, y, like, masks, seed, output)
+    return Scorecard(scores, counts, cascades, dict(about, methods=methods, classes=[str(c) for c in interp.vocab],
                                                    min_prob=min_prob, seed=seed))
 
 # %% ../nbs/16_scorecard.ipynb #fbf5606e

@@ -588,3 +588,19 @@ def test_all_cams_looks_for_the_layer_once_and_waits_for_its_turn(model, xb, mon
     gen = all_cams(model, [xb, xb, xb], progress=False)
     assert not calls
     assert len(list(gen)) == 3 and len(calls) == 1
+
+
+def test_an_upright_map_lies_where_the_layer_is_active():
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 1, bias=False), nn.ReLU(), nn.AvgPool2d(4)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    torch.manual_seed(3)
+    net[0][0].weight.data = torch.rand(6, 3, 1, 1)
+    x = torch.rand(12, 3, 32, 32)*.1
+    for i in range(12): x[i, :, 4*(i % 6):4*(i % 6) + 8, 8:20] += torch.rand(3)[:, None, None] + .5
+    for method in 'eigencam', 'eigengradcam', 'kpca':
+        plain = cam_maps(net, x, method, '0', targets=1, raw=True).maps
+        turned = cam_maps(net, x, method, '0', targets=1, raw=True, upright=True).maps
+        torch.testing.assert_close(plain.abs(), turned.abs())
+        if method == 'eigencam':
+            bright = torch.nn.functional.avg_pool2d(x.mean(1, keepdim=True), 4)[:, 0]
+            assert ((turned*(bright - bright.mean((1, 2), keepdim=True))).sum((1, 2)) > 0).all()
+    with pytest.raises(TypeError, match='upright'): cam_maps(net, x, 'gradcam', '0', upright=True)

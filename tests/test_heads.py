@@ -147,7 +147,8 @@ def test_sets_that_a_gallery_cannot_show(files, tmp_path):
             self.net = net(2)
         def forward(self, x): return self.net(x),self.net(x)
     two = learner(learn.dls, Two(), lambda p, y: F.cross_entropy(p[0], y))
-    with pytest.raises(InputError, match='tuple'): CamInterpretation.from_learner(two)
+    with pytest.raises(InputError, match='output=, one of 0, 1'): CamInterpretation.from_learner(two)
+    assert CamInterpretation.from_learner(two, output=1).output == 1
 
 def test_a_loaded_learner_takes_files(files, tmp_path):
     learn = learner(loaders(files), net(2), CrossEntropyLossFlat(), path=tmp_path)

@@ -549,3 +549,55 @@ def test_explain_with_too_few_names(learn):
 def test_explain_tiny_and_plain(learn):
     fig,_ = explain_image(learn, Image.new('L', (1, 1), 128), plain=True)
     assert not [t for t in texts(fig) + titles(fig) if t != 'no map'] and len(fig.axes) == 1
+
+
+def as_it_is(t): return t
+
+OPTIONS = dict(aug_smooth=True, eigen_smooth=True, output=None, reshape=as_it_is, method='gradcam', layer='0')
+GALLERIES = dict(
+    plot_top_losses=lambda i, **o: i.plot_top_losses(2, **o), plot_cams=lambda i, **o: i.plot_cams(2, 'top_losses', **o),
+    plot_class_cams=lambda i, **o: i.plot_class_cams('top_losses', 1, **o),
+    plot_methods=lambda i, **o: i.plot_methods([0, 1], ('gradcam', 'hirescam'), **{k: v for k,v in o.items() if k!='method'}),
+    plot_mean_cams=lambda i, **o: i.plot_mean_cams([(str(i.vocab[int(i.targs[0])]), str(i.vocab[int(i.preds[0])]))], **{k: v for k,v in o.items() if k!='alpha'}),
+    explain_image=lambda i, **o: explain_image(i.learn, i.files([0])[0], **o)[0])
+
+@pytest.mark.parametrize('gallery', GALLERIES)
+def test_every_gallery_passes_its_options_on(interp, gallery, monkeypatch):
+    asked,drawn = [],[]
+    def note(model, xb, method, layer, targets, **kwargs):
+        asked.append((method, layer, targets, kwargs))
+        return CamMaps(torch.rand(len(xb), 32, 32), torch.rand(len(xb), 10), torch.zeros(len(xb), dtype=torch.bool))
+    for module in interpret,photo: monkeypatch.setattr(module, 'cam_maps', note)
+    real = panels.overlay
+    def paint(*args, **kwargs):
+        drawn.append(kwargs)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(panels, 'overlay', paint)
+    name = str(interp.vocab[3])
+    GALLERIES[gallery](interp, target=name, cmap='viridis', alpha=.3, **OPTIONS)
+    for method,layer,targets,kwargs in asked:
+        assert layer=='0' and all(kwargs[k]==OPTIONS[k] for k in ('aug_smooth', 'eigen_smooth', 'output', 'reshape'))
+        assert gallery=='plot_methods' or method=='gradcam'
+    assert any(t==3 if isinstance(t, int) else (t==3).all() for _,_,t,_ in asked)
+    painted = [d for d in drawn if not d.get('signed')]
+    assert gallery=='plot_mean_cams' or painted and all(d['cmap']=='viridis' and d['alpha']==.3 for d in painted)
+
+
+class Among(nn.Module):
+    "The logits in a dictionary, or one of two tensors"
+    def __init__(self, net, kind): super().__init__(); self.net,self.kind = net,kind
+    def forward(self, x):
+        out = self.net(x)
+        return dict(loss=None, scores=out) if self.kind=='dict' else (out.flip(1), out)
+
+@pytest.mark.parametrize('kind, output', [('dict', None), ('pair', 1)])
+def test_a_network_with_several_outputs_has_galleries(interp, kind, output):
+    def loss(p, y, **kwargs): return F.cross_entropy(p['scores'] if kind=='dict' else p[1], y, **kwargs)
+    learn = Learner(interp.learn.dls, Among(interp.learn.model, kind), loss)
+    among = CamInterpretation.from_learner(learn, output=output)
+    torch.testing.assert_close(among.probs, interp.probs)
+    maps,_ = among.cams([0, 1], method='gradcam', min_px=1)
+    want,_ = interp.cams([0, 1], method='gradcam', min_px=1)
+    np.testing.assert_allclose(maps, want, atol=1e-5)
+    _,probs = explain_image(learn, interp.files([0])[0], output=output, min_px=1)
+    assert probs[str(interp.vocab[0])]==pytest.approx(float(interp.probs[0, 0]), abs=.01)

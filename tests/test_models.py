@@ -69,3 +69,144 @@ def test_speednet_begins_as_an_identity_and_keeps_its_whitening():
     torch.testing.assert_close(model.group1[0](x)[:, :24], x)
     kept = {n for n,p in model.named_parameters() if not p.requires_grad}
     assert kept == {'whiten.weight'} | {f'group{i}.{j}.weight' for i in (1, 2, 3) for j in (2, 5)}
+
+
+def small(n=8, size=32, seed=0):
+    "Images of noise and three classes, told apart by brightness, as fastai's loaders"
+    from fastai.vision.all import DataLoader, DataLoaders
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    items = list(zip(torch.randn(n, 3, size, size, generator=g) + y.view(-1, 1, 1, 1).float(), y))
+    dls = DataLoaders(*(DataLoader(items, bs=4, num_workers=0) for _ in range(2)))
+    dls.c = 3
+    return dls
+
+
+LIBRARY = ['timm/convnext_atto', 'timm/vit_tiny_patch16_224', 'timm/test_resnet', 'torchvision/shufflenet_v2_x0_5']
+
+def libraries_name(arch):
+    if arch.startswith('timm/'): pytest.importorskip('timm')
+    return arch
+
+
+@pytest.mark.parametrize('arch', LIBRARY)
+@pytest.mark.parametrize('size', [(32, 32), (40, 48), (160, 200)])
+def test_a_librarys_network_takes_images_of_every_size(arch, size):
+    model = build_model(libraries_name(arch), 3).eval()
+    assert model(torch.randn(2, 3, *size)).shape == (2, 3)
+
+
+@pytest.mark.parametrize('arch', LIBRARY)
+def test_the_map_of_a_librarys_network_says_where(arch):
+    from cifar_cam.cam import cam_maps
+    model = build_model(libraries_name(arch), 3).eval()
+    raw = cam_maps(model, torch.randn(2, 3, 32, 32), raw=True).maps
+    assert raw.shape[1] == raw.shape[2] >= 5
+
+
+def test_small_images_are_enlarged_and_large_ones_left():
+    from cifar_cam.library import AtSize
+    model = build_model('torchvision/shufflenet_v2_x0_5', 3).eval()
+    assert isinstance(model, AtSize) and not model.fixed
+    x = torch.randn(2, 3, 192, 130)
+    torch.testing.assert_close(model(x), model.net(x))
+    bright = torch.nn.functional.interpolate(x[..., :32, :32], 128, mode='bilinear')
+    torch.testing.assert_close(model(x[..., :32, :32]), model.net(bright))
+
+
+def test_a_network_of_one_size_is_built_for_large_images():
+    libraries_name('timm/')
+    model = build_model('timm/vit_tiny_patch16_224', 3, size=160)
+    assert model.fixed and model.side == 160
+    assert model(torch.randn(1, 3, 160, 160)).shape == (1, 3)
+
+
+def test_a_network_that_cannot_be_built_for_another_size_keeps_its_own():
+    model = build_model('torchvision/vit_b_16', 3)
+    assert model.fixed and model.side == 224
+
+
+@pytest.mark.parametrize('arch', LIBRARY + ['resnet18', 'davidnet'])
+def test_groups_hold_every_parameter_once_with_the_head_last(arch):
+    from cifar_cam.library import split_layers
+    model = build_model(libraries_name(arch), 13)
+    groups = split_layers(model)
+    ids = [id(p) for g in groups for p in g]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters()) and len(set(ids)) == len(ids)
+    assert all(groups) and {len(p) for p in groups[2]} == {13}
+    first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    assert any(p is first.weight for p in groups[0])
+
+
+def test_a_distilled_networks_two_heads_are_the_head():
+    from cifar_cam.library import split_layers
+    libraries_name('timm/')
+    model = build_model('timm/deit_tiny_distilled_patch16_224', 13)
+    assert [tuple(p.shape) for p in split_layers(model)[2]] == [(13, 192), (13,)]*2
+
+
+@pytest.mark.parametrize('arch', ['timm/test_resnet', 'torchvision/shufflenet_v2_x0_5', 'timm/test_vit'])
+def test_freezing_rates_and_fine_tuning_go_by_the_groups(arch):
+    from cifar_cam.learner import cifar_learner
+    from cifar_cam.library import split_layers
+    model = build_model(libraries_name(arch), 3)
+    learn = cifar_learner(small(), model, splitter=split_layers, bf16=False)
+    groups = split_layers(model)
+    learn.freeze()
+    before = [[p.detach().clone() for p in g] for g in groups]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
+    moved = [[not torch.equal(a, b) for a,b in zip(g, old)] for g,old in zip(groups, before)]
+    assert any(moved[2])
+    for g,m in zip(groups[:2], moved[:2]): assert not any(c for p,c in zip(g, m) if p.ndim > 1)  # norms go on, as in fastai
+    learn.unfreeze()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, slice(1e-4, 1e-2))
+    assert [h['lr'] for h in learn.opt.hypers] == pytest.approx([1e-4, 1e-3, 1e-2])
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-3)
+    assert len(learn.recorder.values) == 1 and learn.epochs_done == 4
+
+
+def test_pretrained_weights_are_given_images_as_they_know_them(monkeypatch):
+    import timm.models
+    libraries_name('timm/')
+    monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: None)  # at hand, so to say
+    stats = [.5, .4, .3],[.2, .2, .1]
+    model = build_model('timm/convnext_atto', 3, pretrained=True, stats=stats).eval()
+    pixels = torch.rand(2, 3, 128, 128)
+    given = (pixels - torch.tensor(stats[0]).view(3, 1, 1))/torch.tensor(stats[1]).view(3, 1, 1)
+    own = model.net.pretrained_cfg
+    wanted = (pixels - torch.tensor(own['mean']).view(3, 1, 1))/torch.tensor(own['std']).view(3, 1, 1)
+    torch.testing.assert_close(model(given), model.net(wanted), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('arch', ['timm/convnext_atto', 'torchvision/shufflenet_v2_x0_5'])
+def test_weights_that_cannot_be_had_are_one_line(arch, monkeypatch):
+    def no_connection(*args, **kwargs): raise OSError('no route to host\nand more')
+    libraries_name(arch)
+    monkeypatch.setattr('timm.models._builder.load_pretrained', no_connection)
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', no_connection)
+    with pytest.raises(InputError, match=r'no route to host\).*pretrained=False') as e: build_model(arch, 3, pretrained=True)
+    assert '\n' not in str(e.value)
+
+
+def test_torchvisions_weights_come_without_their_head(monkeypatch):
+    state = build_model('torchvision/shufflenet_v2_x0_5', 1000).net.state_dict()
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *args, **kwargs: state)
+    model = build_model('torchvision/shufflenet_v2_x0_5', 3, pretrained=True)
+    assert torch.equal(model.net.conv1[0].weight, state['conv1.0.weight']) and model.net.fc.weight.shape == (3, 1024)
+
+
+def test_the_state_of_a_librarys_network_fits_one_built_without_pretrained_weights():
+    state = build_model('torchvision/shufflenet_v2_x0_5', 3).state_dict()
+    assert build_model('torchvision/shufflenet_v2_x0_5', 3).load_state_dict(state)
+    assert state.keys() >= {'scale', 'shift'}
+
+
+def test_wrong_names_of_libraries_are_one_line_with_the_nearest(monkeypatch):
+    with pytest.raises(InputError, match='torchvision/resnet50'): build_model('torchvision/resnet-50')
+    with pytest.raises(InputError, match='norm'): build_model('torchvision/resnet18', norm='group')
+    with pytest.raises(InputError, match='pretrained=False'): build_model('davidnet', pretrained=True)
+    libraries_name('timm/')
+    with pytest.raises(InputError, match='timm/convnext_femto'): build_model('timm/convnext_fento')
+    with pytest.raises(InputError, match='unknown network'): build_model('timm/hf-hub:some/where')
+    monkeypatch.setitem(__import__('sys').modules, 'timm', None)
+    with pytest.raises(InputError, match='pip install timm'): build_model('timm/convnext_femto')

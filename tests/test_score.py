@@ -477,13 +477,85 @@ def test_only_sure_and_right_images_are_part_of_montages(coloured):
     assert card.about['eligible'] == sure.sum() and card.about['correct'] == (coloured.preds == coloured.targs).sum()
     assert score_cams(coloured, 'gradcam', n=1, min_prob=1.1, progress=False).about['montages'] == 0
 
-def test_a_network_of_one_size_has_no_montages(coloured):
+def one_size(coloured):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*15*15, 4))
-    learn = cifar_learner(coloured.learn.dls, net)
-    with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(2, .02)
-        with pytest.raises(InputError, match='64×64.*montages=0'): score_cams(learn, 'gradcam', n=3, min_prob=0, progress=False)
-        assert 'gridpg' not in score_cams(learn, 'gradcam', n=3, montages=0, progress=False).scores['gradcam']
+    learn = cifar_learner(coloured.learn.dls, net, bf16=False)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, .02)
+    return learn
+
+def test_montages_for_a_network_of_one_size_are_shrunk_and_that_is_said(coloured):
+    learn = one_size(coloured)
+    card = score_cams(learn, 'hirescam', n=3, montages=3, min_prob=0, progress=False)
+    assert card.about['shrunk'] and 'shrunk to the size of one image' in card.caption()
+    assert card.scores['hirescam']['gridpg'].shape == (card.about['montages'],) and card.about['montages'] > 0
+    other = score_cams(coloured, 'hirescam', n=3, montages=3, min_prob=0, progress=False)
+    assert not other.about['shrunk'] and 'shrunk' not in other.caption()
+    assert 'gridpg' not in score_cams(learn, 'gradcam', n=3, montages=0, progress=False).scores['gradcam']
+
+def test_methods_that_give_no_map_of_the_network_are_left_out_with_the_reason(coloured):
+    card = score_cams(coloured, ('rollout', 'gradcam'), n=2, montages=0, progress=False)
+    assert card.about['methods'] == ['gradcam'] and 'rollout' not in card.scores
+    assert 'Left out: rollout (the network has no attention' in card.caption()
+    assert 'rollout' in json.loads(card.to_json())['about']['left_out']
+    with pytest.raises(InputError, match='no attention'): score_cams(coloured, 'rollout', n=2, montages=0, progress=False)
+
+def small_transformer():
+    from torchvision.models import VisionTransformer
+    torch.manual_seed(0)
+    net = VisionTransformer(32, 4, 2, 2, 16, 32, num_classes=4)
+    nn.init.normal_(net.heads.head.weight)
+    return net
+
+def test_a_transformer_has_a_scorecard_with_rollout_and_without_fullgrad(coloured):
+    learn = cifar_learner(coloured.learn.dls, small_transformer(), bf16=False)
+    card = score_cams(learn, ('hirescam', 'rollout', 'fullgrad'), n=2, montages=1, min_prob=0, progress=False)
+    assert card.about['methods'] == ['hirescam', 'rollout'] and card.about['shrunk']
+    assert 'fullgrad (' in card.caption() and 'layer norms' in card.caption()
+    assert card.stat('rollout', 'gridpg')['mean'] == pytest.approx(.25) if card.about['montages'] else True  # it hears no class
+
+class Answers(nn.Module):
+    "The logits among other things"
+    def __init__(self, net, kind):
+        super().__init__()
+        self.net,self.kind = net,kind
+    def forward(self, x):
+        out = self.net(x)
+        if self.kind == 'dict': return dict(loss=None, scores=out)
+        return out,out*2 if self.kind == 'pair' else None
+
+@pytest.mark.parametrize('kind, output', [('dict', None), ('dict', 'scores'), ('pair', 0), ('tuple', None)])
+def test_logits_among_other_outputs_are_scored_as_if_alone(coloured, kind, output):
+    def loss(p, y, **kwargs): return torch.nn.functional.cross_entropy(p['scores'] if isinstance(p, dict) else p[0], y, **kwargs)
+    plain = score_cams(coloured, 'gradcam', n=4, montages=2, min_prob=0, progress=False)
+    from fastai.vision.all import Learner
+    learn = Learner(coloured.learn.dls, Answers(coloured.learn.model, kind), loss)
+    layer = f"net.{plain.about['layer']}"
+    interp = CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1, output=output)
+    torch.testing.assert_close(interp.probs, coloured.probs)
+    card = score_cams(interp, 'gradcam', n=4, montages=2, min_prob=0, layer=layer, progress=False)
+    for metric in 'road', 'deletion', 'insertion', 'gridpg':
+        np.testing.assert_allclose(card.scores['gradcam'][metric], plain.scores['gradcam'][metric], atol=1e-4)
+
+def test_several_layers_are_scored_together(coloured):
+    model = coloured.learn.model
+    card = score_cams(coloured, 'gradcam', n=3, montages=0, layer=['stem', model.s2], progress=False)
+    assert card.about['layer'] == ['stem', 's2'] and 'layer stem and s2' in card.caption()
+    json.loads(card.to_json())
+
+def test_a_single_logit_is_the_probability_of_the_second_class():
+    class One(nn.Module):
+        def __init__(self): super().__init__(); self.fc = nn.Linear(3, 1)
+        def forward(self, x): return self.fc(x.mean((2, 3)))
+    net,xb = One(),torch.randn(5, 3, 8, 8)
+    p = net(xb).sigmoid().flatten().detach()
+    torch.testing.assert_close(target_probs(net, xb, torch.ones(5, dtype=torch.long)), p)
+    torch.testing.assert_close(target_probs(net, xb, torch.zeros(5, dtype=torch.long)), 1 - p)
+
+def test_a_librarys_network_sees_the_parts_of_a_montage_as_it_sees_single_images(coloured):
+    from cifar_cam.models import build_model
+    learn = cifar_learner(coloured.learn.dls, build_model('torchvision/shufflenet_v2_x0_5', 4), bf16=False)
+    card = score_cams(learn, 'gradcam', n=1, montages=1, min_prob=0, progress=False)
+    assert not card.about['shrunk'] and card.about['layer'] == 'net.stage3'
 
 
 def test_a_single_image(shaped):
