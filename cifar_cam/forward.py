@@ -190,18 +190,21 @@ def _tensors(o):
     return [] if isinstance(o, nn.Module) else [t for p in _parts(o).values() for t in _tensors(p)]
 
 def _place(t):
-    try: return t.untyped_storage().data_ptr()
+    try: place = t.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError): return 0 # sparse, for one
+    return place or ('object', id(t)) # some devices have no addresses
 
 class _Flow(TorchDispatchMode):
     "While on, which results are made of which"
     def __init__(self):
         super().__init__()
+        self.kept = [] # an object's number is its own as long as it is there
         self.at,self.made_of,self.side = {},[],[] # place in memory → number; number → numbers; number → smallest side
     def number(self, t): return self.at.get(_place(t))
     def numbers(self, o): return {n for n in map(self.number, _tensors(o)) if n is not None}
     def add(self, t, sources, side):
-        self.at[_place(t)] = len(self.made_of)
+        if isinstance(place := _place(t), tuple): self.kept.append(t)
+        self.at[place] = len(self.made_of)
         self.made_of.append(sources if t.is_floating_point() else set()) # an index has no gradient
         self.side.append(side)
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

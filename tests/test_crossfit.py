@@ -16,7 +16,7 @@ from cifar_cam.loaders import cifar_dls
 from cifar_cam.models import MODELS
 from cifar_cam.recipe import find_recipe
 from cifar_cam.run import fit_run, load_run
-from cifar_cam.triage import _COLUMNS
+from cifar_cam.tables import _COLUMNS
 from cifar_cam.evidence import load_evidence
 from cifar_cam.triage import VERDICTS, read_triage
 
