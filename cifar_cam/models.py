@@ -149,7 +149,7 @@ def plot_network(
     "The network as boxes: height is the side of the map, width the number of channels, each on a root scale"
     boxes = _network_boxes(model, size)
     tall = max(b[2][1] if len(b[2]) > 1 else 1 for b in boxes)**.5
-    x,starts,spans = 0.,[],{}
+    x,spans = 0.,{}
     fig,ax = plt.subplots(figsize=(10, 3), layout='constrained')
     for n,(stage,kind,shape,count,_) in enumerate(boxes):
         w,h = .35 + shape[0]**.5/16,(shape[1] if len(shape) > 1 else 1)**.5

@@ -9,7 +9,6 @@ __all__ = ['PRECISIONS', 'has_fp16', 'pick_precision', 'HalfPrecision', 'full_fl
 # %% ../nbs/08_precision.ipynb #08imp1p
 import ctypes, gc, os, platform, traceback
 from contextlib import ContextDecorator, contextmanager
-from functools import partial
 
 import torch
 from fastai.vision.all import Callback, get_model, Learner, OptimWrapper, to_float
