@@ -31,7 +31,7 @@ def predict_loader(
     """Logits and targets of all images of `dl`, on the CPU; in several processes, `dl` is a `shard_loader` and all
     get all of them"""
     logits,targets = [],[]
-    learn.model.to(dl.device).eval()
+    learn.model.to(getattr(dl, 'device', None)).eval()  # None: where it is
     with full_float32():
         for i,(x,y) in enumerate(with_bar(dl, show=not rank_distrib())):
             with torch.autocast(x.device.type, dtype, enabled=dtype is not None):

@@ -46,7 +46,8 @@ def _curves(history, published):
     return rows + [(1, h.epoch, h.valid_loss, 'C2' if held else 'C1', '-', valid),
                    (0, h.epoch, 100*h[test], 'C1', '-', 'test')]
 
-def _draw_curve(ax, x, y, c, ls): ax.plot(x, y, c=c, ls=ls, lw=1.8 if c[0]=='C' and ls=='-' else 1.2)
+def _draw_curve(ax, x, y, c, ls, label=None):
+    ax.plot(x, y, c=c, ls=ls, lw=1.8 if c[0]=='C' and ls=='-' else 1.2, label=label)
 
 def _label_ends(ax, ends):
     "Names at the right ends of curves, moved apart where they would touch"
@@ -78,7 +79,7 @@ def plot_curves(
     rows,n = _curves(history, published),int(history.epoch.max())
     ends = [[], []]
     for i,x,y,c,ls,label in rows:
-        _draw_curve(axs[i], x, y, c, ls)
+        _draw_curve(axs[i], x, y, c, ls, label)
         shown = [(v, e) for v,e in zip(y, x) if e <= n] or [(y.iloc[0], n)]
         ends[i].append((*shown[-1], label, c))
     test = rows[-1][2]

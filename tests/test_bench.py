@@ -37,6 +37,7 @@ def test_loop():
     assert len(res['ratios']) == 2
 
 
+@pytest.mark.slow
 def test_step(shapes):
     from step_cost import measure
     res = measure(shapes, steps=1, rounds=1)
@@ -58,6 +59,7 @@ def test_memory_and_files(shapes):
     assert {r['run'] for r in res['rows']} == {'in memory', 'from files'} and all(.05 < a['mean'] <= 1 for a in res['accuracy'].values())
 
 
+@pytest.mark.slow
 def test_davidnet_whole(shapes, tmp_path):
     from davidnet import measure
     res = measure(shapes, seeds=1, out=tmp_path, epochs=1, lr=.1, lr_min=.01)
@@ -65,6 +67,7 @@ def test_davidnet_whole(shapes, tmp_path):
     assert res['mean'] == res['rows'][0]['accuracy'] and res['rows'][0]['epochs'] == 1
 
 
+@pytest.mark.slow
 def test_speedrun_by_airbenchs_rule(shapes, tmp_path):
     import speedrun
     from cifar_cam.experiment import run_seeds

@@ -37,6 +37,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     "The folder of the site; built once, though pytest-xdist runs several processes"
+    if 'CIFAR_CAM_SITE' in os.environ: return Path(os.environ['CIFAR_CAM_SITE'])   # CI has built it already
     base = tmp_path_factory.getbasetemp()
     out = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'site'
     with open(out.with_suffix('.lock'), 'w') as lock:

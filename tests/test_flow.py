@@ -31,6 +31,7 @@ def test_show_batch_shows_holes_in_training_images_only(dls):
     assert len(holes(dls.train)) == 9 and all(holes(dls.train)) and not any(holes(dls.valid))
 
 
+@pytest.mark.slow
 def test_from_images_to_cams_of_mistakes(dls, tmp_path):
     small = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*15*15, 10))
     learn = cifar_learner(dls, small, path=tmp_path)

@@ -67,9 +67,11 @@ def test_a_wrong_or_contradictory_wish_is_named():
 
 # --- the arithmetic
 
-@pytest.mark.parametrize('half', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('opt', OPTIMIZERS)
-def test_half_precision_trains_like_float32(half, opt):
+IN_TURN = ('muon', 'float16'), ('adam', 'bfloat16'), ('sgd', 'float16'), ('rmsprop', 'bfloat16')
+
+@pytest.mark.parametrize('opt, half', [pytest.param(opt, half, marks=() if (opt, half) in IN_TURN else pytest.mark.slow)
+                                       for opt in OPTIMIZERS for half in ('bfloat16', 'float16')])
+def test_half_precision_trains_like_float32(opt, half):
     plain,learn = small_learner(opt=opt),small_learner([HalfPrecision(half)], opt=opt)
     seen = set()
     learn.model[0].register_forward_hook(lambda m, i, o: seen.add(o.dtype))
@@ -229,7 +231,7 @@ class Backend:
         return aot_eager(graph, inputs)
 
 
-@pytest.mark.parametrize('half', [None, 'bfloat16', 'float16'])
+@pytest.mark.parametrize('half', [pytest.param(None, marks=pytest.mark.slow), 'bfloat16', pytest.param('float16', marks=pytest.mark.slow)])
 def test_each_size_compiles_once_and_nothing_over_a_run(half):
     torch._dynamo.reset()
     backend = Backend()

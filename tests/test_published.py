@@ -90,7 +90,7 @@ def test_a_recipe_is_shown_beside_the_published_one(capsys):
 
 @pytest.mark.parametrize('name', PUBLISHED_RECIPES)
 def test_every_published_variant_trains(tmp_path, narrow, monkeypatch, name):
-    monkeypatch.setitem(MODELS, 'resnet18', narrow)
+    for arch in 'resnet18', 'davidnet-unscaled': monkeypatch.setitem(MODELS, arch, narrow)
     for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)
     few = shapes_path(tmp_path, n_train=100, n_test=50)
     run = run_recipe(name, few, tmp_path, epochs=1, bs=8)

@@ -39,6 +39,17 @@ def tiny_arch():
         yield
 
 
+@pytest.fixture
+def drawn(): "A test that asks for this looks at figures or at the report"
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    "Figures and report take most of the time of a small training"
+    if 'drawn' in request.fixturenames: return
+    for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)
+
+
 def tiny_recipe(**changes):
     return Recipe('tiny', **{**dict(arch='tiny', epochs=2, bs=32, lr=.05, lr_min=.005, hold_out=.1), **changes})
 
@@ -154,7 +165,7 @@ def test_the_learning_rate_moves_as_the_recipe_says(shapes, tmp_path, schedule, 
 # --- a run
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_every_recipe_runs_end_to_end(tmp_path, narrow, monkeypatch, name):
+def test_every_recipe_runs_end_to_end(tmp_path, narrow, monkeypatch, name, drawn):
     monkeypatch.setitem(MODELS, 'resnet18', narrow)   # davidnet is small enough as it is
     few = shapes_path(tmp_path, n_train=120, n_test=100)
     run = run_recipe(name, few, tmp_path, epochs=1, bs=8)   # small batches: the LR finder takes a hundred of them
@@ -208,14 +219,14 @@ def test_a_run_opened_from_another_folder_says_where_to_go(shapes, tmp_path, mon
     assert len(load_run(path).dls.loaders) == 2
 
 
-def test_the_finder_of_a_run_leaves_other_figures_open(shapes, tmp_path):
+def test_the_finder_of_a_run_leaves_other_figures_open(shapes, tmp_path, drawn):
     fig = plt.figure()
     run_recipe(tiny_recipe(lr='find', schedule='plateau', epochs=1), shapes, tmp_path)
     assert plt.fignum_exists(fig.number)
     plt.close(fig)
 
 
-def test_the_report_of_a_renamed_recipe_and_of_an_older_run(shapes, tmp_path, monkeypatch):
+def test_the_report_of_a_renamed_recipe_and_of_an_older_run(shapes, tmp_path, monkeypatch, drawn):
     monkeypatch.setattr(Run, 'data_name', 'cifar10')
     run = run_recipe(tiny_recipe(epochs=1, published=91.77, published_as='best of 50'), shapes, tmp_path)
     page = (run.path/'report.html').read_text()
@@ -225,7 +236,7 @@ def test_the_report_of_a_renamed_recipe_and_of_an_older_run(shapes, tmp_path, mo
     assert 'flip and shift' not in write_report(run.path).read_text()
 
 
-def test_a_published_curve_belongs_to_its_recipe_alone(shapes, tmp_path, monkeypatch):
+def test_a_published_curve_belongs_to_its_recipe_alone(shapes, tmp_path, monkeypatch, drawn):
     monkeypatch.setattr(Run, 'data_name', 'cifar10')
     (tmp_path/'davidnet.toml').write_text('base = "davidnet"\narch = "tiny"\nepochs = 1\nbs = 32\nlr = 0.05\nlr_min = 0.005\n')
     run = run_recipe(tmp_path/'davidnet.toml', shapes, tmp_path)   # its report too
@@ -233,7 +244,7 @@ def test_a_published_curve_belongs_to_its_recipe_alone(shapes, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize('name, told', [('davidnet', 'published: 61.37 % at epoch 1, 69.57 % at epoch 2.'), ('resnet18-layernorm', 'published: no numbers.')])
-def test_the_published_curve_is_drawn_behind_ours(shapes, tmp_path, monkeypatch, name, told):
+def test_the_published_curve_is_drawn_behind_ours(shapes, tmp_path, monkeypatch, name, told, drawn):
     monkeypatch.setattr(Run, 'data_name', 'cifar10')
     run = run_recipe(change_recipe(RECIPES[name], arch='tiny', epochs=2, bs=32, opt='sgd', lr=.05, lr_min=.005), shapes, tmp_path)
     assert run.published.equals(load_published(name))
@@ -281,7 +292,7 @@ def test_only_the_further_views_are_computed_in_bfloat16(shapes, tmp_path):
     n = len(learn.dls.valid)
     assert seen == [(torch.float32, False)]*n + [(torch.bfloat16, True)]*5*n
     assert learn.model[0].weight.is_contiguous()
-    learn.remove_cb(learn.bf16)
+    learn.remove_cb(learn.half_precision)
     exact = evaluate_learner(learn, learn.dls.valid, r.tta)
     assert {k: v for k,v in exact.items() if not k.endswith('tta')} == {k: v for k,v in fast.items() if not k.endswith('tta')}
     assert abs(exact['accuracy_tta'] - fast['accuracy_tta']) <= .02
@@ -301,7 +312,7 @@ def test_the_best_epoch_is_kept(shapes, tmp_path, monkeypatch):
     assert (held[0].argmax(1) == held[1]).float().mean().item() == pytest.approx(run.history.valid_accuracy.max(), abs=1e-6)
 
 
-@pytest.mark.parametrize('last', [0, 2])   # before and after the whitening's bias is frozen
+@pytest.mark.parametrize('last', [pytest.param(0, marks=pytest.mark.slow), 2])   # before and after the whitening's bias is frozen
 def test_a_speed_run_goes_on_to_the_same_numbers(shapes, tmp_path, monkeypatch, last):
     for f in 'cifar_cam.experiment.draw_run', 'cifar_cam.experiment.write_report': monkeypatch.setattr(f, lambda run: None)
     class Dead(BaseException): pass
@@ -349,7 +360,7 @@ def test_what_is_no_run_is_named(tmp_path, spoil):
 
 def test_weights_of_another_network_are_refused(shapes, tmp_path):
     run = run_recipe(tiny_recipe(epochs=1), shapes, tmp_path)
-    with pytest.raises(InputError, match='not the weights of this network'): load_weights(nn.Linear(2, 2), run.path/'weights.safetensors')
+    with pytest.raises(InputError, match='cannot be loaded into this network'): load_weights(nn.Linear(2, 2), run.path/'weights.safetensors')
     (run.path/'weights.safetensors').write_bytes(b'x')
     with pytest.raises(InputError, match='weights.safetensors'): load_run(run.path).learn
 

@@ -63,9 +63,9 @@ FITS = dict(
     plateau=lambda l, cbs: l.fit(4, .5, cbs=[Plateau(.5, patience=1), *cbs]))
 
 
-@pytest.mark.parametrize('fit', FITS)
-@pytest.mark.parametrize('opt', ['nesterov', 'adam', 'muon'])
 @pytest.mark.parametrize('at', [(0, 3), (1, 0), (3, 8)])
+@pytest.mark.parametrize('opt, fit', [pytest.param(opt, fit, marks=() if (opt, fit) in (('nesterov', 'onecycle'), ('adam', 'plateau'), ('muon', 'triangle')) else pytest.mark.slow)
+                                      for opt in ('nesterov', 'adam', 'muon') for fit in FITS])
 def test_a_killed_training_goes_on_to_the_same_numbers(shapes, tmp_path, fit, opt, at):
     whole,values = quietly(tiny_learner(shapes, tmp_path, opt=opt), lambda l: FITS[fit](l, [Checkpoint(tmp_path/'whole.pt')]))
     with pytest.raises(StopAt.Dead):
