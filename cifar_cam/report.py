@@ -144,7 +144,8 @@ def _run_gallery(interp, idxs, maps, table=None):
         o.update(_said([interp], o['i']), rival=rival, actual=_short(interp.probs[o['i'], o['t']]),
                  top=[[int(k), _short(v)] for v,k in zip(p, c)])
     if table is not None: confusion = _judge(images, table, [str(c) for c in interp.vocab])
-    return _page_data(interp, images=images, map_size=_map_size(maps), confusion=confusion, verdicts=[*VERDICTS, 'no doubt'])
+    return _page_data(interp, images=images, map_size=_map_size(maps), confusion=confusion,
+                      verdicts=[*VERDICTS, 'no doubt'])
 
 def _short(v, otherwise=0.):
     "A number of the page; JSON knows neither NaN nor infinity"

@@ -6,7 +6,7 @@ copies: training images of Shapes10 moved by a pixel, mirrored and saved as JPEG
 crossfit: training labels of CIFAR-10 flipped by seed, found by networks that have not seen them: folds × a training of the recipe."""
 import argparse, json, tempfile
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import pandas as pd
@@ -72,14 +72,14 @@ def copies(n=600, seed=1):
     rng = np.random.default_rng(seed)
     i,how = rng.choice(len(train), n, replace=False),np.array(['moved', 'mirrored', 'saved'])[np.arange(n)%3]
     again = np.stack([np.asarray(copied(Image.fromarray(train[k].transpose(1, 2, 0)), h, rng)).transpose(2, 0, 1) for k,h in zip(i, how)])
-    start = perf_counter()
+    start = process_time()
     found = find_copies(np.concatenate([again, test]), train, least=-1).set_index('image')
-    seconds,alike = perf_counter() - start,np.full(n + len(test), -1.)
+    seconds,alike = process_time() - start,np.full(n + len(test), -1.)
     alike[found.index] = found.likeness
     right = np.array([k in found.index and found.copy_of[k]==of for k,of in enumerate(i)])
     made,taken = np.arange(len(alike)) < n,alike >= .88
     return dict(made=n, not_made=len(test), among=len(train), seed=seed, recall=float((right & taken[:n]).mean()), recall_by_kind={h: float((right & taken[:n])[how==h].mean()) for h in sorted({*how})},
-                false_alarms=int(taken[n:].sum()), recall_at_precision_99=recall_at(alike, made), seconds=round(seconds, 1))
+                false_alarms=int(taken[n:].sum()), recall_at_precision_99=recall_at(alike, made), cpu_seconds=round(seconds, 1))
 
 
 def crossfit(data='cifar10', share=.03, seeds=(0, 1, 2), folds=5, recipe='speedrun', out='runs'):
@@ -106,11 +106,11 @@ if __name__ == '__main__':
     p.add_argument('--share', type=float, default=.03)
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     a = p.parse_args()
-    start = perf_counter()
+    start = process_time()
     made = dict(flips=lambda: flips(a.logits, seeds=a.seeds), shapes=lambda: shapes(seeds=a.seeds), copies=copies, crossfit=lambda: crossfit(a.data, a.share, a.seeds))[a.what]()
     env = environment('shapes', 'cpu', 0)
     machine = {k: env[k] for k in ('processor', 'threads', 'python', 'torch', 'cifar_cam')}
-    record = dict(command=f'python tests/bench/triage_truth.py {a.what}', seeds=a.seeds, **machine, seconds=round(perf_counter() - start), result=made)
+    record = dict(command=f'python tests/bench/triage_truth.py {a.what}', **machine, cpu_seconds=round(process_time() - start), result=made)
     text = json.dumps(record, indent=1) + '\n'
     if a.json: Path(a.json).write_text(text)
     rows = dict(flips=made, shapes=made['rows'] if a.what=='shapes' else None).get(a.what)
