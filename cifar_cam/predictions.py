@@ -55,7 +55,8 @@ class _OnlyLogits(Callback):
     "Leaves the logits of what the network gives, once its loss is known"
     def __init__(self, output=None): self.output = output
     def after_loss(self):
-        if self.output is not None or not torch.is_tensor(self.pred): self.learn.pred = find_logits(self.pred, self.output)
+        if self.output is None and torch.is_tensor(self.pred): return
+        self.learn.pred = find_logits(self.pred, self.output)
 
 def _run(learn, dl, output=None):
     "Outputs, targets and losses of all images. A loss that cannot be left unreduced is asked image by image"
