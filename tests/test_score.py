@@ -533,10 +533,10 @@ def test_logits_among_other_outputs_are_scored_as_if_alone(coloured, kind, outpu
     plain = score_cams(coloured, 'gradcam', n=4, montages=2, min_prob=0, progress=False)
     from fastai.vision.all import Learner
     learn = Learner(coloured.learn.dls, Answers(coloured.learn.model, kind), loss)
-    layer = f"net.{plain.about['layer']}"
     interp = CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1, output=output)
     torch.testing.assert_close(interp.probs, coloured.probs)
-    card = score_cams(interp, 'gradcam', n=4, montages=2, min_prob=0, layer=layer, progress=False)
+    card = score_cams(interp, 'gradcam', n=4, montages=2, min_prob=0, progress=False)
+    assert card.about['layer'] == f"net.{plain.about['layer']}"
     for metric in 'road', 'deletion', 'insertion', 'gridpg':
         np.testing.assert_allclose(card.scores['gradcam'][metric], plain.scores['gradcam'][metric], atol=1e-4)
 
