@@ -19,7 +19,7 @@ from cifar_cam.interpret import CamInterpretation
 from cifar_cam.models import cifar_resnet18, davidnet
 from cifar_cam.measures import (bootstrap_interval, cascade, cell_shares, deletion_insertion, energy_inside,
                                 grid_maps, grid_pg, impute_pixels, montage, pick_montages, pointing_game,
-                                positive_maps, randomised, rank_correlation, removal_order, road)
+                                positive_maps, randomised, rank_correlation, removal_order, road, target_probs)
 from cifar_cam.scorecard import score_cams, score_run, Scorecard
 from cifar_cam.learner import cifar_learner
 
