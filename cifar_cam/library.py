@@ -130,7 +130,8 @@ def library_model(
     try: net,only,own_stats = make(arch, n_out, side, pretrained)
     except InputError: raise
     except Exception as e:
-        if not pretrained: raise
+        if not pretrained:
+            raise
         why = (str(e).strip() or type(e).__name__).splitlines()[0].split('. ')[0]
         raise InputError(f"{arch}: its pretrained weights are neither here nor to be fetched ({why[:120]}); "
                          "pass pretrained=False, or run this once with a connection") from None

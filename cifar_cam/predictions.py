@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.interpret import ClassificationInterpretation
-from fastai.vision.all import DataLoader, Learner, noop, Normalize, patch
+from fastai.vision.all import Callback, DataLoader, Learner, noop, Normalize, patch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
@@ -51,11 +51,17 @@ def _takes_reduction(loss_func):
     params = {} if hasattr(loss_func, 'reduction') else signature(loss_func).parameters
     return not params or 'reduction' in params or any(p.kind==Parameter.VAR_KEYWORD for p in params.values())
 
+class _OnlyLogits(Callback):
+    "Leaves the logits of what the network gives, once its loss is known"
+    def __init__(self, output=None): self.output = output
+    def after_loss(self):
+        if self.output is None and torch.is_tensor(self.pred): return
+        self.learn.pred = find_logits(self.pred, self.output)
+
 def _run(learn, dl, output=None):
     "Outputs, targets and losses of all images. A loss that cannot be left unreduced is asked image by image"
     each = _takes_reduction(learn.loss_func)
-    with _as_valid(dl): out,targs,*losses = learn.get_preds(dl=dl, with_loss=each, act=noop)
-    if not torch.is_tensor(out) or output is not None: out = find_logits(out, output)
+    with _as_valid(dl): out,targs,*losses = learn.get_preds(dl=dl, with_loss=each, act=noop, cbs=[_OnlyLogits(output)])
     losses = losses[0] if each else torch.stack([learn.loss_func(out[i:i+1], targs[i:i+1]) for i in range(len(out))])
     out,targs,losses = (t.detach().cpu().as_subclass(torch.Tensor) for t in (out, targs, losses))
     if targs.ndim != 1:
