@@ -87,6 +87,7 @@ def test_a_zip_in_parts_is_the_zip(tmp_path, method, before):
         parts = [[(m.filename, m.CRC, z.read(m)) for m in z.infolist()] for z in zip_parts('x.zip', n)]
         assert sum(parts, []) == whole and (before or all(len(p) <= n for p in parts))
 
+@pytest.mark.slow
 def test_a_zip_of_more_members_than_the_first_format_could_count(tmp_path):
     with zipfile.ZipFile('x.zip', 'w') as z:
         for i in range(66_000): z.writestr(f'{i}.png', b'x')
