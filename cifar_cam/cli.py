@@ -78,6 +78,8 @@ def train(
     resume:str=None, # resume this folder of a run or of several seeds; with --data where the images are now
     published_protocol:store_true=False, # choose by the test set, as the published experiments did
     tensorboard:store_true=False, # TensorBoard logs in the run's folder
+    wandb:store_true=False, # log to Weights & Biases
+    labels:str=None, # a table of training labels to change or drop: decisions.csv of `cifar-cam crossfit`
     device:str=None, # cpu, cuda, ...; the best there is by default
     module:_Module=None, # a Python file to run first: it registers networks or optimizers of yours; may be repeated
 ):
@@ -93,7 +95,9 @@ def train(
     changes = _changes(set, epochs=epochs, bs=bs)
     if as_published: changes['as_published'] = True
     kwargs = dict(published_protocol=published_protocol, tensorboard=tensorboard, device=device, **changes)
-    if runs==1: return _say(run_recipe(recipe, data or 'cifar10', out, seed, **kwargs))
+    if runs==1: return _say(run_recipe(recipe, data or 'cifar10', out, seed, wandb=wandb, decisions=labels, **kwargs))
+    if labels or wandb:
+        raise InputError(f"{'--labels' if labels else '--wandb'}: is for one run; leave out --runs")
     _say_seeds(run_seeds(recipe, data or 'cifar10', out, seed, runs, **kwargs))
 
 def _only_resume(given):

@@ -22,7 +22,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from .core import check_seed, InputError, remove_leftovers, save_atomically, write_json
 from .photos import open_photo
-from .images import data_checksum, data_path
+from .images import data_checksum, data_path, image_table
 from .interpret import CamInterpretation
 from .evidence import check_evidence, Evidence, load_evidence
 from .triage import read_triage, save_triage, triage_table
@@ -39,14 +39,20 @@ def fold_splitter(
     k:int, # which one is left out, from 0
     seed:int=0, # which image is in which fold
     hold_out:float=0, # share of the other folds to choose by, where something is chosen
+    rows:pd.DataFrame=None, # from `image_table`: label and split of each file; None: by the files' folders
 ):
     "A fastai splitter: (train, fold, test), or (train, held out, fold, test). Raises InputError for what cannot be"
     check_seed(seed)
     if not 2 <= folds <= 100:
         raise InputError(f'folds={folds}: choose between 2 and 100')
     def split(items):
-        train = np.array([i for i,f in enumerate(items) if f.parent.parent.name=='train'])
-        labels,test = np.array([items[i].parent.name for i in train]),np.setdiff1d(np.arange(len(items)), train)
+        if rows is None: known = [(f.parent.parent.name, f.parent.name) for f in items]
+        else:
+            told = dict(zip(rows.file, zip(rows.split, rows.label)))
+            known = [told[f] for f in items]
+        train = np.array([i for i,(part,_) in enumerate(known) if part=='train'])
+        labels = np.array([str(known[i][1]) for i in train])
+        test = np.array([i for i,(part,_) in enumerate(known) if part=='test'])
         if not (len(train) and len(test)):
             raise InputError(f'{len(train)} images in train/<class>, {len(test)} others: some of both are needed')
         classes = list(zip(*np.unique(labels, return_counts=True)))
@@ -101,7 +107,8 @@ def fold_dls(
 ) -> DataLoaders:
     "The loaders of a fold: the last is the test set, the one before it the fold"
     picks = [c for c in chooses(r) if c != 'learning rate']  # the finder looks at training images only
-    splitter = fold_splitter(folds, k, seed, r.hold_out if picks else 0)
+    rows = image_table(data_path(data))
+    splitter = fold_splitter(folds, k, seed, r.hold_out if picks else 0, rows)
     return recipe_dls(r, data, seed, hold_out=False, splitter=splitter, device=device)
 
 # %% ../nbs/22b_crossfit.ipynb #22foldc4

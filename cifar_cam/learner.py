@@ -18,10 +18,12 @@ from fastai.callback.schedule import LRFinder
 from fastai.optimizer import detuplify_pg, set_item_pg
 from fastai.vision.all import (accuracy_multi, BCEWithLogitsLossFlat, Callback, CancelEpochException,
                                CancelFitException, CastToTensor, CrossEntropyLossFlat, DataLoaders, event, get_c,
-                               get_model, L, Learner, num_distrib, OptimWrapper, rank_distrib, TrainEvalCallback)
+                               get_model, L, Learner, Normalize, num_distrib, OptimWrapper, rank_distrib,
+                               TrainEvalCallback)
 from torch import nn
 
 from .core import check_seed, InputError, keep_random, save_atomically, shows_bars
+from .library import is_library, split_layers
 from .models import build_model
 from .optimizers import opt_func
 from .precision import (fast_convolutions, forget_batch, full_float32, HalfPrecision, keep_memory,
@@ -319,6 +321,12 @@ def _loss_and_metrics(dls, label_smoothing):
         raise InputError(f'label_smoothing={label_smoothing}: choose 0 for labels that are not one class an image')
     return dict(loss_func=theirs, metrics=accuracy_multi if isinstance(theirs, BCEWithLogitsLossFlat) else None)
 
+def _of_images(dls):
+    "Size and statistics of the images, which a library's network is built for"
+    norm = next((t for t in dls.valid.after_batch.fs if isinstance(t, Normalize)), None)
+    stats = norm and tuple(o.flatten().tolist() for o in (norm.mean, norm.std))
+    return dict(size=min(_plain_images(dls, 1).shape[2:]), stats=stats)
+
 def _outputs(dls):
     n = get_c(dls) or len(getattr(dls, 'vocab', ()))
     if not n:
@@ -333,6 +341,7 @@ def cifar_learner(
     opt:str='nesterov', # optimizer: see `OPTIMIZERS`
     wd:float=5e-4, # weight decay; 5e-4 is what CIFAR-10 ResNets are mostly trained with
     label_smoothing:float=0., # share of the target spread over all classes
+    pretrained:bool=False, # of a library's network: see `library_model`
     precision:str='auto', # what the forward pass is computed in: see `pick_precision`
     bf16:bool=None, # the older way to ask: True is 'bfloat16', False is 'float32'
     seed:int=0, # for the first weights and each epoch's random numbers
@@ -347,7 +356,9 @@ def cifar_learner(
     if isinstance(arch, str):
         with keep_random():
             torch.manual_seed(seed)
-            model = build_model(arch, _outputs(dls), norm)
+            named = _of_images(dls) if is_library(arch) else {}
+            model = build_model(arch, _outputs(dls), norm, pretrained=pretrained, **named)
+            if named: kwargs.setdefault('splitter', split_layers)
             if hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))
     precision = pick_precision(precision, dls.device, bf16)
     half = [] if precision=='float32' else [HalfPrecision(precision)]

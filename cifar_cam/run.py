@@ -240,11 +240,12 @@ class Run:
     @property
     def chosen_on(self) -> str:
         "What was picked while training, and by which images"
-        if self.finished and self.metrics.get('test_note'): return self.metrics['chosen_on']
+        if self.finished: return self.metrics['chosen_on']
         what = ', '.join(chooses(self.recipe))
         if not what: return 'nothing chosen while training'
-        return f'{what} chosen on ' + ('the TEST set, as published' if self.env['published_protocol']
-                                       else 'held-out images')
+        # a valid/ of the set's own goes before the test set, whatever the protocol
+        by_test = self.env['published_protocol'] and len(self.dls.loaders) < 3
+        return f'{what} chosen on ' + ('the TEST set, as published' if by_test else 'held-out images')
 
     @property
     def data_name(self) -> str:
@@ -287,7 +288,7 @@ class Run:
         if not self.finished:
             raise InputError(f'{self.path}: the training is not finished; `cifar-cam train --resume {self.path}` '
                              'goes on')
-        model = build_model(self.recipe.arch, len(self.metrics['class_accuracy']), self.recipe.norm)
+        model = build_model(self.recipe.arch, len(self.metrics['class_accuracy']), self.recipe.norm, self.recipe.size)
         load_weights(model, self.path/'weights.safetensors')
         return model.eval()
 

@@ -66,6 +66,7 @@ def run_command(
     words = [*launch, 'train', r.name if base else f'{r.name}.toml', '--data', env['data'], '--seed', env['seed'],
              '--device', env['device']]
     for k,v in changed.items(): words += [f'--{k}', v] if k in ('epochs', 'bs') else ['--set', f'{k}={v}']
+    if env.get('decisions_checksum'): words += ['--labels', run.path/'decisions.csv']
     return shlex.join(map(str, words + ['--published-protocol']*env['published_protocol'])),toml
 
 # %% ../nbs/19b_summary.ipynb #dd787372

@@ -161,7 +161,7 @@ def _section(folder, name, m, env, r, built_in, protocol):
 
 def _toctree(caption, entries): return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *entries, '```'])
 
-HOW_TO = 'own-recipe', 'own-images', 'own-network', 'after-training', 'repeat', 'several-gpus', 'colab-kaggle-gpus'
+HOW_TO = 'own-recipe', 'own-images', 'own-network', 'after-training', 'wrong-labels', 'repeat', 'several-gpus', 'colab-kaggle-gpus'
 
 def gather():
     "Everything that the site is built from: path on the site → bytes"
