@@ -248,7 +248,6 @@ def _fitting(model, x, y, methods, how):
         raise InputError(next(iter(left_out.values())))
     return kept,left_out
 
-
 # %% ../nbs/16_scorecard.ipynb #16found1
 def _found_layer(model, layer, x, min_px, output, reshape):
     "The name of the layer that is taken for the images `x`, or the names"
