@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cifar_cam import crossfit as X
+from cifar_cam.cli import main
 from cifar_cam.core import InputError, sha256
 from cifar_cam.crossfit import (crossfit, crossfit_command, crossfit_evidence, fold_dls, fold_splitter, resume_crossfit, run_evidence, suspects_page,
                                 triage_command, triage_runs)
@@ -16,7 +17,8 @@ from cifar_cam.loaders import cifar_dls
 from cifar_cam.models import MODELS
 from cifar_cam.recipe import find_recipe
 from cifar_cam.run import fit_run, load_run
-from cifar_cam.tables import _COLUMNS
+from cifar_cam.summary import run_command
+from cifar_cam.triage import _COLUMNS
 from cifar_cam.evidence import load_evidence
 from cifar_cam.triage import VERDICTS, read_triage
 
@@ -92,9 +94,9 @@ def images(root, **counts):
     return root
 
 @pytest.mark.parametrize('counts, says', [
-    (dict(train_a=9, test_a=5), 'a: is the only class'), (dict(train_a=9, train_b=9, test_a=5), 'class b is not in all of'),
+    (dict(train_a=9, test_a=5), 'all images are of the class a'), (dict(train_a=9, train_b=9, test_a=5), 'class b is not in all of'),
     (dict(train_a=9, train_b=9, test_a=5, test_b=5, test_c=5), 'class c is not in all of'), (dict(train_a=9, train_b=0, test_a=5, test_b=5), 'b: no images in this class'),
-    (dict(a=9, b=9), '0 images in train/<class>, 18 others'), (dict(train_a=9, train_b=9), '18 images in train/<class>, 0 others')])
+    (dict(a=9, b=9), 'only 7 images to train on')])
 def test_folders_that_cannot_be_judged_are_refused_before_a_fold_is_trained(quick, tmp_path, counts, says):
     with pytest.raises(InputError, match=says) as e: crossfit('davidnet', images(tmp_path/'data', **counts), 2, tmp_path/'out', **QUICK)
     assert '\n' not in str(e.value) and not (tmp_path/'out').exists()
@@ -150,6 +152,25 @@ def test_a_run_keeps_the_decisions_it_was_trained_with(colours, quick, tmp_path,
     with pytest.raises(InputError, match='are not the decisions'): load_run(run.path).dls
     with pytest.raises(InputError, match='cannot be read'): experiment.run_recipe('davidnet', colours, tmp_path/'other', decisions=tmp_path/'none.csv', **QUICK)
     assert not (tmp_path/'other').exists()
+
+def test_the_shell_trains_with_decisions_and_says_so(colours, quick, tmp_path, capsys, monkeypatch):
+    for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)
+    (tmp_path/'d.csv').write_text('file,decision,label\ntrain/red/0.png,drop,\ntrain/red/1.png,relabel,blue\n')
+    words = ['train', 'davidnet', '--data', str(colours), '--out', str(tmp_path/'runs'), '--labels', str(tmp_path/'d.csv')]
+    for k,v in QUICK.items(): words += ['--set', f'{k}={v}']
+    assert main(words) == 0
+    run = load_run(capsys.readouterr().out.splitlines()[-1])
+    assert run.env['decisions_checksum'] == sha256(tmp_path/'d.csv') and len(run.dls.train_ds) == 159
+    assert '--labels' in run_command(run)[0] and 'decisions.csv' in run_command(run)[0]
+    assert main([*words, '--runs', '2']) == 2 and '--labels: is for one run' in capsys.readouterr().err
+
+
+def test_folds_of_a_table_are_those_of_its_column(colours, tmp_path):
+    rows = [(f, f.parent.name, f.parent.parent.name) for f in image_files(colours)]
+    pd.DataFrame(rows, columns=['file', 'label', 'split']).to_csv(tmp_path/'table.csv', index=False)
+    dls = fold_dls(find_recipe('davidnet', bs=10), tmp_path/'table.csv', 2, 0)
+    assert [len(dl.dataset) for dl in dls.loaders] == [80, 80, 40]
+
 
 def test_the_page_holds_the_images_and_cannot_be_broken_by_a_name(folded, colours, tmp_path):
     table = read_triage(folded)

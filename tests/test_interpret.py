@@ -294,7 +294,7 @@ def test_options_reach_the_method_and_the_drawing(interp, monkeypatch):
     real = interpret.cam_maps
     monkeypatch.setattr(interpret, 'cam_maps', lambda m, xb, method, layer, t, **kw: seen.append((method, t.tolist(), kw)) or real(m, xb, method, layer, t, **kw))
     drawn = [pictures(interp.plot_top_losses([0], target='ring', eigen_smooth=True, **kw))[1] for kw in ({}, dict(cmap='Blues'), dict(alpha=0))]
-    assert seen[0] == ('hirescam', [6], dict(min_px=5, eigen_smooth=True))
+    assert seen[0] == ('hirescam', [6], dict(min_px=5, output=None, eigen_smooth=True))
     assert (drawn[0] != drawn[1]).any() and (drawn[2][::8, ::8] == interp.images(interp.indices('top_losses', 1))[0]).all()
     for plot in interp.plot_cams, interp.plot_class_cams, interp.plot_mean_cams: plot(target='moon', method='gradcam', eigen_smooth=True)
     assert all(kw['eigen_smooth'] for *_,kw in seen) and seen[-1][:1] == ('gradcam',) and set(seen[-1][1]) == {SHAPES.index('moon')}

@@ -15,7 +15,7 @@ from cifar_cam.core import InputError
 from cifar_cam.interpret import CamInterpretation
 from cifar_cam.learner import cifar_learner
 from cifar_cam.loaders import cifar_dls
-from cifar_cam.tables import _COLUMNS
+from cifar_cam.triage import _COLUMNS
 from cifar_cam.copies import copied, find_copies, thumbnails
 from cifar_cam.evidence import (Evidence, check_evidence, classifier_of, item_names, load_evidence, neighbour_votes, plain_loader,
                                 pooled_probs, see_images, temperature)
