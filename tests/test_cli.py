@@ -66,6 +66,7 @@ def test_recipes_lists_them_all(capsys):
     assert all(n in out for n in ('resnet18-plateau', '11,173,962', '91.77'))
 
 
+@pytest.mark.slow   # `.ci/run` trains at the shell too
 def test_a_training_at_the_shell_ends_with_its_folder(tmp_path_factory, tmp_path, capsys):
     shapes = shapes_path(tmp_path_factory.mktemp('few'), n_train=100, n_test=20)
     done = shell('train', 'speedrun', '--data', shapes, '--epochs', 1, '--bs', 10, '--out', 'my runs')   # of all networks the quickest
@@ -122,7 +123,8 @@ def test_explain_has_one_figure_at_a_time(run, few, tmp_path, monkeypatch):
     assert main(['explain', *map(str, photos), '--run', str(run), '--out', str(tmp_path/'out')]) == 0 and there == [0, 0, 0]
 
 
-def test_lr_find_prints_its_pick_and_draws_it(colours, tmp_path, capsys):
+def test_lr_find_prints_its_pick_and_draws_it(colours, narrow, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(MODELS, 'davidnet', narrow)
     assert main(['lr-find', 'davidnet', '--data', str(colours), '--set', 'bs=8', '--out', str(tmp_path)]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-2].split()[0].startswith('lr=') and Path(lines[-1]).suffix == '.png' and Path(lines[-1]).exists()

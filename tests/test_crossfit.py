@@ -16,6 +16,7 @@ from cifar_cam.images import image_files
 from cifar_cam.loaders import cifar_dls
 from cifar_cam.models import MODELS
 from cifar_cam.recipe import find_recipe
+from cifar_cam.report import write_report
 from cifar_cam.run import fit_run, load_run
 from cifar_cam.summary import run_command
 from cifar_cam.triage import _COLUMNS
@@ -247,6 +248,7 @@ def two(colours, narrow, tmp_path_factory):
         return [experiment.run_recipe('davidnet', colours, tmp_path_factory.mktemp('two'), s, **QUICK).path for s in (0, 1)]
 
 def test_triage_of_runs_keeps_what_the_networks_say(two, folded, quick, colours, capsys):
+    for p in two: write_report(p)
     triage_command([*map(str, two), str(folded)])
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == str(two[0]) and 'mistakes' in said[-2]

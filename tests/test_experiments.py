@@ -51,6 +51,16 @@ def test_an_experiment_runs_on_drawn_images_by_one_changed_line(notebook, narrow
     assert run.path.parent==Path('runs') and (run.path/'tensorboard').exists()==(notebook.stem=='resnet18-onecycle')
 
 
+def test_the_tour_runs_with_a_narrow_network(narrow, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, 'davidnet', narrow)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for c in code(ROOT/'nbs'/'000_tour.ipynb'):
+        exec(c.replace('fit_one_cycle(24', 'fit_one_cycle(2').replace('pct_start=5/24', 'pct_start=1/2'), names)
+        plt.close('all')
+    assert len(names['interp'].preds)==100 and len(names['learn'].recorder.values)==2
+
+
 def test_tensorboard_shows_the_losses_and_the_learning_rate(shapes, narrow, tmp_path, monkeypatch):
     event_accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     monkeypatch.setitem(MODELS, 'resnet18', narrow)

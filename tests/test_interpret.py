@@ -375,7 +375,7 @@ def test_plain_has_no_text(interp):
                 wrong.plot_methods(5, ('gradcam',), plain=True), wrong.plot_mean_cams(['arrow'], plain=True)):
         assert not [t for t in texts(fig) + titles(fig) if t != 'no map']
 
-@pytest.mark.parametrize('figsize', [None, (8, 3)])
+@pytest.mark.parametrize('figsize', [None, pytest.param((8, 3), marks=pytest.mark.slow)])
 def test_long_names_do_not_collide(interp, figsize):
     wrong = as_if(interp, (interp.targs + 1) % 10)
     wrong.vocab = ['airplane', 'automobile', *(f'a rather long name of class {i}' for i in range(6)), 'Wildebeest'*5, 'x']

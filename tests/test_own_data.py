@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('name', ['davidnet', 'resnet18-albumentations'])
+@pytest.mark.parametrize('name', ['davidnet', pytest.param('resnet18-albumentations', marks=pytest.mark.slow)])
 def test_a_recipe_its_galleries_and_its_cams_take_the_folder(folder, narrow, tmp_path, monkeypatch, name):
     for arch in 'davidnet', 'resnet18': monkeypatch.setitem(MODELS, arch, narrow)
     run = run_recipe(name, folder, tmp_path, epochs=2, bs=32, lr=.05, lr_min=.005, size=40, schedule='one-cycle')

@@ -177,6 +177,7 @@ def worker(path, kill_at):
 
 
 @pytest.mark.parametrize('storage', ['sqlite', 'journal'])
+@pytest.mark.slow
 def test_two_processes_share_a_sweep_and_one_that_is_killed_loses_its_trial_only(recipe, few, fork, storage):
     sweep = begin_sweep(recipe, ['lr=0.01..1:log'], few, trials=6, storage=storage, prune=False)
     first,second = (fork.Process(target=worker, args=(sweep.path.absolute(), at)) for at in (None, 1))
