@@ -58,7 +58,7 @@ def test_the_tour_runs_with_a_narrow_network(narrow, tmp_path, monkeypatch):
     for c in code(ROOT/'nbs'/'000_tour.ipynb'):
         exec(c.replace('fit_one_cycle(24', 'fit_one_cycle(2').replace('pct_start=5/24', 'pct_start=1/2'), names)
         plt.close('all')
-    assert len(names['interp'].preds)==100 and len(names['learn'].recorder.values)==2
+    assert len(names['interp'].preds)==100 and names['learn'].epochs_done==2
 
 
 def test_tensorboard_shows_the_losses_and_the_learning_rate(shapes, narrow, tmp_path, monkeypatch):
