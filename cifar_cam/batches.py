@@ -14,9 +14,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 from PIL import Image
-from fastprogress import progress_bar
 
-from .core import InputError
+from .core import InputError, with_bar
 from .tables import is_junk, split_name, table_columns
 
 # %% ../nbs/01c_batches.ipynb #0ab8c634
@@ -177,7 +176,7 @@ class _ClassFolders:
             raise InputError(f'{self.source}: the class name {label!r} cannot be the name of a folder; rename it')
         return name
 
-def _progress(items): return progress_bar(items, leave=False) if len(items) > 2000 else items
+def _progress(items): return with_bar(items) if len(items) > 2000 else items
 
 # %% ../nbs/01c_batches.ipynb #8acb5905
 def write_batches(

@@ -16,12 +16,11 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import attention_rollout
-from .core import InputError
+from .core import InputError, with_bar
 from .forward import as_input, find_logits, main_tensor, shape_grids, swap_tensor
 from .forward import trace_layers, untouched, unwrap
 from .layers import cam_layer, find_layer, map_sizes
@@ -410,7 +409,7 @@ def all_cams(
 ) -> Iterator: # a `CamMaps` for each batch
     "The maps of a loader's images, batch by batch in bounded memory. Raises InputError as `cam_maps` does"
     asked,start = targets if isinstance(targets, tuple) else (targets,),0
-    for b in (progress_bar(dl, leave=False) if progress else dl):
+    for b in with_bar(dl, show=progress):
         xb,*yb = b if isinstance(b, (tuple, list)) else [b]
         shares = tuple(_share(t, yb, start, len(xb)) for t in asked)
         share = shares if isinstance(targets, tuple) else shares[0]

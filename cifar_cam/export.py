@@ -14,10 +14,9 @@ from typing import Annotated
 import numpy as np
 import torch
 from fastcore.script import store_true
-from fastprogress import progress_bar
 
 from . import __version__
-from .core import InputError, save_atomically
+from .core import InputError, save_atomically, with_bar
 from .predict import PixelNetwork, finished_run
 from .validate import labelled_dls, labelled_images
 from .run import Run, folder_for
@@ -72,7 +71,7 @@ def exported_logits(
     "What an exported network says about images. Raises InputError for a missing package and a broken file"
     ask,takes_floats = _opened_export(Path(path))
     batches = (x.float()/255 if takes_floats else x for x in images.split(bs))
-    return torch.cat([ask(x) for x in progress_bar(batches, total=-(-len(images)//bs), leave=False)])
+    return torch.cat([ask(x) for x in with_bar(batches, -(-len(images)//bs))])
 
 def _opened_export(path):
     try:

@@ -21,11 +21,10 @@ from fastai.data.load import _loaders
 from fastai.vision.all import (apply, chunked, cifar_stats, DataLoaders, IntToFloatTensor, ItemTransform, L,
                                mk_transform, noop, Normalize, Pipeline, TensorCategory, TensorImage, TfmdDL,
                                TfmdLists, to_device)
-from fastprogress import progress_bar
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
-from .core import InputError, remove_leftovers, save_atomically
+from .core import InputError, remove_leftovers, save_atomically, with_bar
 from .photos import NamedImage, Squeeze
 from .images import CIFAR10, cifar_block, folder_digest, image_files, ImageSource, stats_of
 
@@ -40,7 +39,7 @@ def read_images(
     def read(i): images[i] = torch.from_numpy(np.array(load[i])).permute(2, 0, 1)
     with ThreadPoolExecutor() as pool:
         done = pool.map(read, range(len(load)))
-        for _ in progress_bar(done, total=len(load), leave=False) if len(load) > 2000 else done: pass
+        for _ in with_bar(done, len(load), show=len(load) > 2000): pass
     return images
 
 # %% ../nbs/04_loaders.ipynb #7b909c1a

@@ -17,13 +17,12 @@ import pandas as pd
 import torch
 from fastai.vision.all import chunked, default_device
 from fastcore.script import store_true
-from fastprogress import progress_bar
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 
 from .augment import TTA
 from .cam import cam_maps
-from .core import InputError, save_atomically, writing
+from .core import InputError, save_atomically, with_bar, writing
 from .photos import open_photo
 from .inputs import find_images, image_pixels, names_from_stdin, open_binary
 from .panels import overlay
@@ -290,7 +289,7 @@ def _predict_all(table, images, n, run, how, cams, method, device):
     network = PixelNetwork(run).to(device)
     views = TTA[run.recipe.tta] if how['tta'] else TTA['flip'][:1]
     batches = _decoded(images, run.metrics['size'], how['bs'])
-    for batch in progress_bar(batches, total=-(-n//how['bs']), leave=False) if n > 0 else ():
+    for batch in with_bar(batches, -(-n//how['bs'])) if n > 0 else ():
         rows = _rows(batch, network, views, how['classes'], how['top'], how['kaggle'], device)
         if cams:
             _save_overlays(batch, run, network, cams, method)

@@ -14,12 +14,11 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import Learner, patch
-from fastprogress import progress_bar
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from .core import check_seed, InputError, save_atomically, writing
+from .core import check_seed, InputError, save_atomically, with_bar, writing
 from .library import AtSize
 from .shapes import load_mask, mask_path
 from .panels import new_figure
@@ -291,7 +290,7 @@ def score_cams(
     rows = {m: (model, m) for m in dict.fromkeys([*methods, 'randomcam'])}
     rows[f'{methods[0]}, random weights'] = untrained,methods[0]
     scores,counts,cascades = {},{},{}
-    for row,(net,method) in (progress_bar(rows.items(), leave=False) if progress else rows.items()):
+    for row,(net,method) in with_bar(rows.items(), show=progress):
         how = dict(given, method=method)
         maps = positive_maps(net, x, y, **how)
         scores[row],counts[row] = _image_scores(model, x, y, maps, masks, seed, output),_count(maps)
