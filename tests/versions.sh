@@ -25,5 +25,6 @@ for w in $which; do
   grep -E '^(fastai|torch|torchvision|albumentations|grad-cam|matplotlib|safetensors|jinja2|numpy|pandas)=' "$tmp/$w.txt"
   "$tmp/uv/bin/uv" pip install -q --python "$tmp/$w/bin/python" -c "$tmp/$w.txt" -e '.[dev]'
   PATH="$tmp/$w/bin:$PATH" "$tmp/$w/bin/python" -m pytest -q -p no:cacheprovider "$@"
+  case "$*" in *"-m slow"*) PATH="$tmp/$w/bin:$PATH" OMP_NUM_THREADS=1 nbdev-test --flags slow;; esac  # cells that take long
   rm -rf "${tmp:?}/$w"
 done
