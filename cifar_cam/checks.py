@@ -14,11 +14,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.data.external import fastai_path
 from packaging.requirements import Requirement
 
 from . import __version__
-from .core import InputError
+from .core import data_home, InputError
 from .formats import find_form, is_archive
 from .images import check_cifar, check_folder, image_table
 from .models import build_model
@@ -109,7 +108,7 @@ def check_data(
         return [finding('data', 'shapes: drawn when they are first needed')]
     own = None if str(data)=='cifar10' else data
     named = own or os.environ.get('CIFAR_CAM_DATA')
-    path = Path(named or fastai_path('data')/'cifar10').expanduser()
+    path = Path(named or data_home()/'cifar10').expanduser()
     if not path.exists():
         later = '; CIFAR-10 is downloaded when it is first needed'*(not named)
         how = 'name a folder, an archive or a table that is there'*bool(named)
@@ -140,11 +139,11 @@ def check_disk(
     out:str|Path='.', # where runs would be written
 ) -> list: # of findings
     "Room and leave to write where runs and fastai's data go, and how much the cache of decoded images holds"
-    cache = fastai_path('data')/'cifar_cam-cache'
+    cache = data_home()/'cifar_cam-cache'
     files = [f for f in cache.glob('*') if f.is_file()] if cache.is_dir() else []
     size = sum(f.stat().st_size for f in files)/1e6
     found = [finding('cache', f'{_at(cache)}: {len(files)} sets, {size:.0f} MB' if files else f'{_at(cache)}: empty')]
-    for name,place in dict(runs=Path(out), data=fastai_path('data')).items():
+    for name,place in dict(runs=Path(out), data=data_home()).items():
         there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
         free = shutil.disk_usage(there).free/1e9
         problem = _cannot_write(there) or 'less than 1 GB: make room, or name another place'*(free < 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Seed', 'InputError', 'writing', 'input_error', 'raises_input_error', 'one_of', 'check_seed', 'keep_random', 'sha256',
-           'save_atomically', 'remove_leftovers', 'write_json', 'shows_bars', 'with_bar']
+           'save_atomically', 'remove_leftovers', 'write_json', 'data_home', 'shows_bars', 'with_bar']
 
 # %% ../nbs/00_core.ipynb #00imp1c
 import errno, hashlib, json, operator, os, random, reprlib, secrets, shutil, sys
@@ -16,6 +16,7 @@ from typing import Annotated
 import fastprogress.fastprogress as fastprogress
 import numpy as np
 import torch
+from fastai.data.external import fastai_path
 from fastai.vision.all import rank_distrib
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
@@ -185,6 +186,14 @@ def write_json(
 ):
     "Write `obj` as indented JSON, atomically"
     save_atomically(lambda f: f.write_text(json.dumps(obj, indent=1) + '\n'), path)
+
+# %% ../nbs/00_core.ipynb #00home01
+def data_home() -> Path:
+    "fastai's folder for data: in `FASTAI_HOME`, or `~/.fastai`. Raises InputError where it cannot be made"
+    try: return fastai_path('data')
+    except OSError as e:
+        home = os.environ.get('FASTAI_HOME') or '~/.fastai'
+        raise InputError(f'{home}: cannot be written ({e.strerror}); set FASTAI_HOME to a folder that can') from None
 
 # %% ../nbs/00_core.ipynb #00bars01
 def shows_bars() -> bool:

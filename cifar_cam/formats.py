@@ -9,10 +9,9 @@ __all__ = ['find_table', 'find_form', 'is_archive', 'unpack_images', 'converted_
 import errno, hashlib, re, shutil, stat, tarfile, zipfile
 from pathlib import Path, PurePosixPath
 
-from fastai.data.external import fastai_path
 from fastai.data.transforms import get_image_files, image_extensions
 
-from .core import InputError, sha256
+from .core import data_home, InputError, sha256
 from .tables import (FileFinder, fill_once, has_images, is_junk, read_csv, read_table, split_folders,
                               split_name, subfolders, table_columns)
 from .batches import batch_names, is_parquet, parquet_files, write_batches, write_parquet
@@ -190,7 +189,7 @@ def unpack_images(
 
 def _place(source, digest, labels):
     name = source.absolute().name.split('.')[0][:60]
-    return fastai_path('data')/f'{name}-{digest[:12]}{"-coarse" if labels == "coarse" else ""}'
+    return data_home()/f'{name}-{digest[:12]}{"-coarse" if labels == "coarse" else ""}'
 
 # %% ../nbs/01d_formats.ipynb #3ca0fd7a
 def converted_images(

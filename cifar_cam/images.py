@@ -15,13 +15,13 @@ from types import MethodType
 
 import numpy as np
 import pandas as pd
-from fastai.data.external import fastai_path, untar_data, URLs
+from fastai.data.external import untar_data, URLs
 from fastai.data.transforms import get_image_files
 from fastai.vision.all import (CategoryBlock, cifar_stats, DataBlock, ImageBlock, L, Normalize, parent_label, patch,
                                Pipeline, RandomResizedCrop, Resize)
 from sklearn.model_selection import train_test_split
 
-from .core import check_seed, InputError
+from .core import check_seed, data_home, InputError
 from .shapes import shapes_path
 from .photos import NamedImage, open_photo, Squeeze
 from .tables import keep_table, read_table, split_folders, split_name, subfolders
@@ -228,7 +228,7 @@ def cifar_path(
     "The folder of CIFAR-10, checked. Raises InputError that says what is wrong and what to do"
     path = path or os.environ.get('CIFAR_CAM_DATA')
     if path: return _folder_or_archive(path, check_cifar)
-    path = fastai_path('data')/'cifar10'
+    path = data_home()/'cifar10'
     if not path.exists():
         try: path = untar_data(URLs.CIFAR)
         except Exception as e:

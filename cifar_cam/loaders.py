@@ -16,7 +16,6 @@ from types import MethodType
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.external import fastai_path
 from fastai.data.load import _loaders
 from fastai.vision.all import (apply, chunked, cifar_stats, DataLoaders, IntToFloatTensor, ItemTransform, L,
                                mk_transform, noop, Normalize, Pipeline, TensorCategory, TensorImage, TfmdDL,
@@ -24,7 +23,7 @@ from fastai.vision.all import (apply, chunked, cifar_stats, DataLoaders, IntToFl
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
-from .core import InputError, remove_leftovers, save_atomically, with_bar
+from .core import data_home, InputError, remove_leftovers, save_atomically, with_bar
 from .photos import NamedImage, Squeeze
 from .images import CIFAR10, cifar_block, folder_digest, image_files, ImageSource, stats_of
 
@@ -57,7 +56,10 @@ def cached_images(
     "`image_files(path)` as one uint8 tensor N×3×H×W: decoded once, then mapped from a file in fastai's data folder"
     sides = 'x'.join(map(str, (size, size) if isinstance(size, int) else size))
     place = hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:16]
-    file = fastai_path('data')/'cifar_cam-cache'/f'{place}-{sides}.safetensors'
+    try: file = data_home()/'cifar_cam-cache'/f'{place}-{sides}.safetensors'
+    except InputError as e:
+        warnings.warn(f'the decoded images cannot be kept: {e}')
+        return _decode(image_files(path), size)
     now = fingerprint(path)
     try:
         with safe_open(file, 'pt') as f: about,images = f.metadata(),f.get_tensor('images')

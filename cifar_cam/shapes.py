@@ -12,9 +12,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image, ImageDraw
-from fastai.data.external import fastai_path
 
-from .core import InputError, writing
+from .core import data_home, InputError, writing
 
 # %% ../nbs/01_shapes.ipynb #7c56e46e
 def _polar(r, a): return np.stack([r*np.sin(a), -r*np.cos(a)], axis=-1) # angle from 12 o'clock, y down as in images
@@ -195,7 +194,7 @@ def shapes_path(
             raise InputError(f"n_{split}={n}: needs a positive multiple of 10, as there are 10 classes")
     if not isinstance(seed, int) or seed<0:
         raise InputError(f"seed={seed}: needs to be 0 or more")
-    parent = Path(path or fastai_path('data')).expanduser()
+    parent = Path(path or data_home()).expanduser()
     root = parent/f'shapes10-{_DRAWING}-{n_train}-{n_test}-{seed}'
     with writing(parent):
         if not root.exists(): _draw_set(root, sizes, seed)

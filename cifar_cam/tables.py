@@ -11,10 +11,9 @@ import hashlib, os, re, tempfile
 from pathlib import Path
 
 import pandas as pd
-from fastai.data.external import fastai_path
 from fastai.data.transforms import image_extensions
 
-from .core import InputError, writing
+from .core import data_home, InputError, writing
 
 # %% ../nbs/01b_tables.ipynb #714d8b5b
 _SPLITS = dict(train='train', training='train', valid='valid', val='valid', validation='valid', dev='valid',
@@ -223,7 +222,7 @@ def keep_table(
     rows['file'] = [f.absolute() for f in rows.file]
     columns = ['file', 'label', *['split']*any(rows.split)]
     text = rows[columns].to_csv(index=False)
-    final = fastai_path('data')/f'table-{hashlib.sha256(text.encode()).hexdigest()[:12]}'
+    final = data_home()/f'table-{hashlib.sha256(text.encode()).hexdigest()[:12]}'
     def fill(folder):
         (folder/'images.csv').write_text(text, encoding='utf-8')
         return folder

@@ -10,10 +10,12 @@ from PIL import Image
 
 import cifar_cam.images as data
 from cifar_cam.augment import albumentations_augment, cifar_augment, Cutout, HorizontalFlip
+from cifar_cam.cli import main
 from cifar_cam.core import InputError
 from cifar_cam.formats import unpack_images
 from cifar_cam.images import check_cifar, CIFAR10, cifar_path, data_checksum, data_path, hold_out_splitter, image_files
 from cifar_cam.loaders import cached_images, cifar_dls, MemoryDL
+from cifar_cam.shapes import shapes_path
 
 
 def fake_cifar(root, train=50, test=10):
@@ -419,3 +421,13 @@ without = DataLoaders(OneBatch(512, 20), OneBatch(1024, 10))
 without.vocab = OneBatch.vocab
 print(peak_after_training(without), peak_after_training(cifar_dls(sys.argv[1], cifar_augment(8), bs=512)))
 """
+
+
+def test_a_home_that_cannot_be_written_is_one_line_and_data_of_ones_own_needs_none(few, monkeypatch, capsys):
+    def nowhere(folder): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr('cifar_cam.core.fastai_path', nowhere)
+    for call in (lambda: shapes_path(n_train=100, n_test=20)), (lambda: data_path('cifar10')), (lambda: data_path('shapes')):
+        with pytest.raises(InputError, match='cannot be written .Permission denied.; set FASTAI_HOME to a folder that can'): call()
+    assert main(['demo']) == 2 and capsys.readouterr().err.count('\n') == 1
+    with pytest.warns(UserWarning, match='cannot be kept'): images = cached_images(few)
+    assert len(images) == 120
