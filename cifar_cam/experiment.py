@@ -261,7 +261,8 @@ def run_seeds(
     seeds = [*range(check_seed(seed), check_seed(seed + runs - 1) + 1)]
     def begin():
         r = _changed(recipe, changes)
-        plan = dict(recipe=asdict(r), data=str(data), data_checksum=data_checksum(data_path(data)), seeds=seeds,
+        place = data if isinstance(data, (str, Path)) else data_path(data)
+        plan = dict(recipe=asdict(r), data=str(place), data_checksum=data_checksum(data_path(data)), seeds=seeds,
                     published_protocol=published_protocol, tensorboard=tensorboard, device=device and str(device))
         path = new_run_folder(f'{r.name}-{runs}-seeds', out)
         write_json(plan, path/'seeds.json')

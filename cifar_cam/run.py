@@ -79,6 +79,7 @@ def environment(
 ) -> dict:
     "Versions, device, data checksum and seed of a run"
     device = _device(device)
+    if not isinstance(data, (str, Path)): data = data_path(data)  # a DataFrame, which is kept as a table
     cpu = next((l.split(':')[1].strip() for l in _cpuinfo() if l.startswith('model name')), platform.processor())
     gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else None
     packages = 'fastai', 'torch', 'torchvision', 'numpy', 'grad-cam', 'albumentations'
@@ -219,6 +220,7 @@ class Run:
         data:str|Path=None, # where its images are now, if they have moved; their checksum must be that of the run
     ):
         self.path,self.moved_to = Path(path),data
+        if isinstance(data, pd.DataFrame): self.moved_to = data_path(data)
         try:
             self.env = dict(tensorboard=False, processor=None) | read_record(self.path/'env.json', EnvRecord)
             self.recipe = recipe_from_record(_read_json(self.path/'recipe.json'))

@@ -16,6 +16,9 @@ from cifar_cam.images import (cifar_block, cifar_path, CIFAR10, data_checksum, d
                               image_table)
 from cifar_cam.loaders import cached_images, cifar_dls, MemoryImages
 from cifar_cam import loaders
+from cifar_cam.models import MODELS
+from cifar_cam.run import load_run
+from cifar_cam.experiment import run_or_resume, run_recipe, run_seeds
 
 NAMES = CIFAR10
 rng = np.random.default_rng(0)
@@ -726,3 +729,16 @@ def test_a_loader_without_end_shows_one_image(tmp_path):
     dls.train.get_idxs = lambda: (0 for _ in iter(int, 1))
     x = dls.train.one_batch()[0]
     assert torch.equal(x[0], x[1])
+
+
+def test_a_run_on_a_table_in_python_is_looked_at_again(colours, narrow, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, 'davidnet', narrow)
+    for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)
+    rows = pd.DataFrame([(f, f.parent.name, f.parent.parent.name) for f in image_files(colours)], columns=['file', 'label', 'split'])
+    short = dict(epochs=1, bs=20, lr=.05, lr_min=.005)
+    run = run_recipe('davidnet', rows, tmp_path/'one', **short)
+    for again in load_run(run.path), load_run(run.path, rows): assert [len(dl.dataset) for dl in again.dls.loaders] == [160, 40]
+    assert run_or_resume('davidnet', rows, run.path, **short).metrics == run.metrics
+    seeds = run_seeds('davidnet', rows, tmp_path/'two', runs=2, **short)
+    assert len(json.loads((seeds/'summary.json').read_text())['runs']) == 2
+    with pytest.raises(InputError, match='not the images'): load_run(run.path, rows.iloc[1:]).dls
