@@ -18,6 +18,7 @@ from cifar_cam.loaders import cached_images, cifar_dls, MemoryImages
 from cifar_cam import loaders
 from cifar_cam.models import MODELS
 from cifar_cam.run import load_run
+from cifar_cam.crossfit import triage_runs
 from cifar_cam.experiment import run_or_resume, run_recipe, run_seeds
 
 NAMES = CIFAR10
@@ -742,3 +743,25 @@ def test_a_run_on_a_table_in_python_is_looked_at_again(colours, narrow, tmp_path
     seeds = run_seeds('davidnet', rows, tmp_path/'two', runs=2, **short)
     assert len(json.loads((seeds/'summary.json').read_text())['runs']) == 2
     with pytest.raises(InputError, match='not the images'): load_run(run.path, rows.iloc[1:]).dls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('form', ['table', 'classes alone', 'zip', 'valid'])
+def test_runs_reports_triage_and_moved_data_take_every_form(colours, narrow, tmp_path, monkeypatch, form):
+    monkeypatch.setitem(MODELS, 'davidnet', narrow)
+    data,moved = tmp_path/'data',tmp_path/'moved'
+    if form=='table':
+        rows = [(f, f.parent.name, f.parent.parent.name) for f in image_files(colours)]
+        data,moved = tmp_path/'data.csv',tmp_path/'moved.csv'
+        pd.DataFrame(rows, columns=['file', 'label', 'split']).to_csv(data, index=False)
+    elif form=='classes alone': shutil.copytree(colours/'train', data)
+    elif form=='valid':
+        shutil.copytree(colours, data)
+        shutil.copytree(data/'test', data/'valid')
+    else: data,moved = Path(shutil.make_archive(tmp_path/'data', 'zip', colours)),tmp_path/'moved.zip'
+    run = run_recipe('davidnet', data, tmp_path/'runs', epochs=1, bs=20, lr=.05, lr_min=.005)
+    assert (run.path/'report.html').exists() and (run.metrics.get('test_note') is not None)==(form=='classes alone')
+    triage_runs([run.path])
+    assert len(pd.read_csv(run.path/'triage.csv')) == run.metrics['images']
+    data.rename(moved)
+    assert load_run(run.path, moved).interp.preds.shape == (run.metrics['images'],)
