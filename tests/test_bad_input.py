@@ -62,7 +62,7 @@ WORDS = [(TRAIN + words, word) for words,word in [
     ('--out new --bs 128', 'to train on'), ('--out new/er --runs 3 --bs 128', 'to train on'), ('--resume {run}', 'leave out recipe')]] + [
     ('train Davidnet', 'Davidnet'), ('train davidnet.toml', 'davidnet.toml'), ('train dir.toml', 'dir.toml'), ('train bytes.toml', 'bytes.toml'), ('train run', "'run'"),
     ('train davidnet --data file', 'file'), ('train davidnet --data empty', 'empty'), ('train davidnet --data /dev/zero', '/dev/zero'), (f'train davidnet --data {LONG}', 'too long'),
-    ('train davidnet --data run', 'run: history.csv'), ('demo --data nowhere', 'nowhere'), ('demo --data {few} --epochs 0', 'epochs=0'), ('demo --data {few} --seed -5', 'seed=-5'),
+    ('train davidnet --data run', 'run: is the folder of a run'), ('demo --data nowhere', 'nowhere'), ('demo --data {few} --epochs 0', 'epochs=0'), ('demo --data {few} --seed -5', 'seed=-5'),
     ('train --resume nowhere', 'nowhere'), ('train --resume file', 'file'), ('train --resume empty', 'empty'), ('train --resume', 'resume'), ('train --resume {run} --seed 1', 'leave out --seed'), ('train --resume {run} --data shapes', 'shapes: are not the images'), ('train --resume {run} --published-protocol', 'leave out --published-protocol'),
     ('lr-find davidnet --data {few} --seed -1', 'seed=-1'), ('lr-find davidnet --data {few} --set bs=100000', 'bs='), ('lr-find davidnet --data {few} --out file', 'is a file'),
     ('lr-find davidnet --data nowhere --out new', 'nowhere'), ('lr-find nope --out new', 'nope'),
