@@ -207,4 +207,5 @@ def with_bar(
     show:bool=True, # False: no bar anywhere
 ):
     "`items`, with a bar above them while they are gone through, where bars are drawn"
-    return fastprogress.progress_bar(items, total=total, leave=False, display=show and shows_bars())
+    if not (show and shows_bars()): return items
+    return fastprogress.progress_bar(items, total=total, leave=False)
