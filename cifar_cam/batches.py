@@ -176,7 +176,7 @@ class _ClassFolders:
             raise InputError(f'{self.source}: the class name {label!r} cannot be the name of a folder; rename it')
         return name
 
-def _progress(items): return with_bar(items) if len(items) > 2000 else items
+def _progress(items): return with_bar(items, show=len(items) > 2000)
 
 # %% ../nbs/01c_batches.ipynb #8acb5905
 def write_batches(

@@ -22,7 +22,7 @@ from .formats import find_form, is_archive
 from .images import check_cifar, check_folder, image_table
 from .models import build_model
 from .optimizers import OPTIMIZERS
-from .optimizers import has_bf16
+from .precision import pick_precision
 from .predict import pick_device
 from .recipe import RECIPES, Recipe
 
@@ -80,13 +80,14 @@ def check_device(
     else:
         built = ', though this PyTorch was built for CUDA'*torch.backends.cuda.is_built()
         found.append(finding('GPU', f'none is used{built}'))
-    half = has_bf16(device)
-    precision = f"{'bfloat16' if half else 'float32'}: {_REASONS.get((device.type, half), 'the safe choice here')}"
-    return [*found, finding('precision', precision)]
+    chosen = pick_precision('auto', device)
+    why = _REASONS.get((device.type, chosen), 'the safe choice here')
+    return [*found, finding('precision', f'{chosen}: {why}')]
 
-_REASONS = {('cpu', True): 'the processor has instructions for it', ('cuda', True): 'native on this GPU',
-            ('cpu', False): 'the processor would only imitate bfloat16, slowly',
-            ('cuda', False): 'this GPU would only imitate bfloat16, slowly'}
+_REASONS = {('cpu', 'bfloat16'): 'the processor has instructions for it', ('cuda', 'bfloat16'): 'native on this GPU',
+            ('cpu', 'float32'): 'the processor would only imitate bfloat16, slowly',
+            ('cuda', 'float16'): 'this GPU is fast in it, and would only imitate bfloat16',
+            ('cuda', 'float32'): 'this GPU would only imitate bfloat16, slowly'}
 
 def _processor():
     path = Path('/proc/cpuinfo')
@@ -169,22 +170,22 @@ def measure_recipe(
 ) -> float: # images a second
     "How fast the network of `r` trains here on random images"
     device = pick_device(device)
-    layout = torch.channels_last if has_bf16(device) else torch.contiguous_format
-    model = build_model(r.arch, norm=r.norm).to(device, memory_format=layout).train()
+    dtype = getattr(torch, pick_precision(r.precision, device))
+    layout = torch.contiguous_format if dtype==torch.float32 else torch.channels_last
+    model = build_model(r.arch, norm=r.norm, size=r.size).to(device, memory_format=layout).train()
     opt = OPTIMIZERS[r.opt]([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     bs = r.bs if device.type=='cuda' else min(r.bs, 128)  # a processor is as fast with fewer
     x = torch.randn(bs, 3, _side(r), _side(r), device=device).contiguous(memory_format=layout)
     y = torch.zeros(bs, dtype=torch.long, device=device)
-    _train_step(model, opt, x, y)  # the first one takes longer
+    _train_step(model, opt, x, y, dtype)  # the first one takes longer
     steps,start = 0,time.perf_counter()
     while not steps or time.perf_counter() - start < seconds:
-        _train_step(model, opt, x, y)
+        _train_step(model, opt, x, y, dtype)
         steps += 1
     return steps*bs/(time.perf_counter() - start)
 
-def _train_step(model, opt, x, y):
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bf16(x.device)):
-        out = model(x)
+def _train_step(model, opt, x, y, dtype):
+    with torch.autocast(x.device.type, dtype, enabled=dtype!=torch.float32): out = model(x)
     loss = F.cross_entropy(out.float(), y)
     loss.backward()
     opt.step()

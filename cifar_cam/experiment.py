@@ -157,7 +157,7 @@ def run_recipe(
 def _changed(recipe, changes):
     return change_recipe(recipe, **changes) if isinstance(recipe, Recipe) else find_recipe(recipe, **changes)
 
-def _environment(r, data, device, seed, published_protocol, tensorboard, processes=1):
+def _environment(r, data, device, seed, published_protocol, tensorboard, processes):
     check_parts(r, processes)
     protocol = published_protocol or r.name.endswith(AS_PUBLISHED)
     env = environment(data, device, seed)
@@ -202,7 +202,7 @@ def run_or_resume(
     if (path/'recipe.json').exists():
         _check_same(load_run(path, data), r, data, seed)
         return load_run(path, data) if load_run(path).finished else train_run(path, data)
-    env = _environment(r, data, device, seed, published_protocol, tensorboard)
+    env = _environment(r, data, device, seed, published_protocol, tensorboard, max(1, num_distrib()))
     with folder_for(path.parent):
         path.mkdir(exist_ok=True)
         _begin_run(path, r, env)
@@ -261,8 +261,8 @@ def run_seeds(
     seeds = [*range(check_seed(seed), check_seed(seed + runs - 1) + 1)]
     def begin():
         r = _changed(recipe, changes)
-        place = data if isinstance(data, (str, Path)) else data_path(data)
-        plan = dict(recipe=asdict(r), data=str(place), data_checksum=data_checksum(data_path(data)), seeds=seeds,
+        env = environment(data, device, seed)
+        plan = dict(recipe=asdict(r), data=env['data'], data_checksum=env['data_checksum'], seeds=seeds,
                     published_protocol=published_protocol, tensorboard=tensorboard, device=device and str(device))
         path = new_run_folder(f'{r.name}-{runs}-seeds', out)
         write_json(plan, path/'seeds.json')

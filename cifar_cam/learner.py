@@ -26,8 +26,8 @@ from .core import check_seed, InputError, keep_random, save_atomically, shows_ba
 from .library import is_library, split_layers
 from .models import build_model
 from .optimizers import opt_func
-from .precision import (fast_convolutions, forget_batch, full_float32, HalfPrecision, keep_memory,
-                                 pick_precision)
+from .precision import Compiled, fast_convolutions, forget_batch, full_float32
+from .precision import HalfPrecision, keep_memory, pick_precision
 from .parallel import from_first
 from .callbacks import CheckOutputs, StopOnNaN
 from .recorder import Accuracy, CrossEntropy, LightProgress, LightRecorder
@@ -103,7 +103,7 @@ def _whole_after(learn):
             learn.recorder.losses = [torch.as_tensor(o).cpu() for o in getattr(learn.recorder, 'losses', [])]
         for cb in learn.cbs:
             cb.run = True
-            if hasattr(type(cb), 'restore'): cb.restore()  # half precision, a compiled network
+            if isinstance(cb, (Compiled, HalfPrecision)): cb.restore()
 
 def _refuse_batch(learn):
     "Raises InputError for a batch too large for the GPU"
@@ -353,6 +353,8 @@ def cifar_learner(
     if isinstance(seed, np.integer): seed = int(seed)
     check_seed(seed)
     model = arch
+    if pretrained and not isinstance(arch, str):
+        raise InputError('pretrained=True is for a network given by name: load its weights, and leave pretrained out')
     if isinstance(arch, str):
         with keep_random():
             torch.manual_seed(seed)

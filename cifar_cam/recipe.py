@@ -28,6 +28,7 @@ from .core import InputError, input_error, one_of, raises_input_error
 from .images import data_path, image_stats
 from .augment import albumentations_augment, AlternatingFlip, cifar_augment, load_albumentations, TTA
 from .loaders import cifar_dls
+from .library import LIBRARIES
 from .models import build_model, count_parameters, MODELS, NORMS
 from .optimizers import OPTIMIZERS
 from .precision import Compiled, deterministic_algorithms, PRECISIONS
@@ -79,14 +80,13 @@ SCHEDULES = 'one-cycle', 'triangle', 'linear', 'cosine', 'flat-cosine', 'steps',
 AUGMENTS = 'crop-flip-cutout', 'alternating', 'albumentations', 'none'
 _Share = Annotated[float, Field(ge=.01, le=.99)]
 _Rate = Annotated[float|str, AfterValidator(_rate)]
-_LIBRARIES = 'timm/', 'torchvision/'
 
 @raises_input_error
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra='forbid'))
 class Recipe:
     "An experiment: the network, the data's augmentation, the training. Raises InputError for an impossible value"
     name: Annotated[str, AfterValidator(_folder_name)] # in run folders and tables
-    arch: Annotated[str, one_of(MODELS, also=_LIBRARIES)] = 'resnet18' # a key of `MODELS`, 'timm/…', 'torchvision/…'
+    arch: Annotated[str, one_of(MODELS, also=LIBRARIES)] = 'resnet18' # a key of `MODELS`, 'timm/…', 'torchvision/…'
     norm: Annotated[str, one_of(NORMS)] = 'batch' # normalisation: a key of `NORMS`
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 20 # passes over the training images
     bs: Annotated[int, Field(ge=2, le=65_536)] = 128 # images a batch

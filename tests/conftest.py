@@ -56,6 +56,12 @@ def colours(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    "Trainings write no figures and no report, which take most of the time of a small one"
+    for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)
+
+
 @pytest.fixture(scope='session')
 def narrow():
     "A network for `MODELS` whose last two stages are named and sized as ResNet18's, of few channels: a notebook's story in seconds"

@@ -260,9 +260,8 @@ def test_a_disk_that_is_full_before_the_first_checkpoint_leaves_nothing(disk, ru
     assert [p.name for p in path.iterdir()]==['ballast']
 
 
-def test_a_disk_that_is_full_at_a_later_checkpoint_keeps_the_earlier_one_and_the_run_goes_on(disk, run, few, monkeypatch):
+def test_a_disk_that_is_full_at_a_later_checkpoint_keeps_the_earlier_one_and_the_run_goes_on(disk, run, few, monkeypatch, undrawn):
     path,fill = disk
-    for f in 'cifar_cam.experiment.draw_run', 'cifar_cam.experiment.write_report': monkeypatch.setattr(f, lambda run: None)
     after = train.Checkpoint.after_epoch
     def then_fill(self):
         after(self)

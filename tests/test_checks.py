@@ -1,6 +1,7 @@
 "`checks` finds what is wrong, says how to fix it, changes nothing, and does not invent"
 import os, shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -29,11 +30,21 @@ def test_an_old_or_missing_package_is_a_problem_and_a_missing_extra_is_none(monk
 
 def test_precision_is_the_one_that_would_be_chosen(monkeypatch):
     for half,word in (True, 'bfloat16'), (False, 'float32'):
-        monkeypatch.setattr(checks, 'has_bf16', lambda device: half)
+        monkeypatch.setattr('cifar_cam.precision.has_bf16', lambda device: half)
         assert next(f['found'] for f in check_device('cpu') if f['check']=='precision').startswith(word)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 10_000)
     assert 'OMP_NUM_THREADS' in problems(check_device('cpu'))['processor']
     with pytest.raises(InputError, match='tpu9'): check_device('tpu9')
+
+
+def test_precision_of_a_gpu_that_imitates_bfloat16_is_that_of_its_training(monkeypatch):
+    monkeypatch.setattr(checks, 'pick_device', lambda name: torch.device('cuda'))
+    monkeypatch.setattr('cifar_cam.precision.has_bf16', lambda device: False)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(name='T4', total_memory=2**34, major=7, minor=5))
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    for capability,word in ((7, 5), 'float16: '), ((6, 0), 'float32: '):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+        assert next(f['found'] for f in check_device('cuda') if f['check']=='precision').startswith(word)
 
 
 def test_the_state_of_the_data(few, tmp_path, fastai_home, monkeypatch):

@@ -99,9 +99,8 @@ def test_a_training_at_the_shell_ends_with_its_folder(tmp_path_factory, tmp_path
     assert main(['explain', 'note.jpg', '--run', str(path)]) == 2 and 'note.jpg' in capsys.readouterr().err
 
 
-def test_several_seeds_at_the_shell_go_on_too(few, narrow, tmp_path, monkeypatch, capsys):
+def test_several_seeds_at_the_shell_go_on_too(few, narrow, tmp_path, monkeypatch, capsys, undrawn):
     monkeypatch.setitem(MODELS, 'davidnet', narrow)
-    for f in 'cifar_cam.experiment.draw_run', 'cifar_cam.experiment.write_report': monkeypatch.setattr(f, lambda run: None)
     last = lambda: Path(capsys.readouterr().out.strip().splitlines()[-1])
     assert main(['train', 'davidnet', '--data', str(few), '--epochs', '1', '--bs', '10', '--set', 'lr=.05', '--set', 'lr_min=.005', '--runs', '2', '--seed', '4']) == 0
     path = last()

@@ -154,8 +154,7 @@ def test_a_run_keeps_the_decisions_it_was_trained_with(colours, quick, tmp_path,
     with pytest.raises(InputError, match='cannot be read'): experiment.run_recipe('davidnet', colours, tmp_path/'other', decisions=tmp_path/'none.csv', **QUICK)
     assert not (tmp_path/'other').exists()
 
-def test_the_shell_trains_with_decisions_and_says_so(colours, quick, tmp_path, capsys, monkeypatch):
-    for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)
+def test_the_shell_trains_with_decisions_and_says_so(colours, quick, tmp_path, capsys, monkeypatch, undrawn):
     (tmp_path/'d.csv').write_text('file,decision,label\ntrain/red/0.png,drop,\ntrain/red/1.png,relabel,blue\n')
     words = ['train', 'davidnet', '--data', str(colours), '--out', str(tmp_path/'runs'), '--labels', str(tmp_path/'d.csv')]
     for k,v in QUICK.items(): words += ['--set', f'{k}={v}']

@@ -104,8 +104,7 @@ def test_a_checkpoint_of_another_training_is_refused(run, spoil):
     with pytest.raises(InputError, match='not a checkpoint of this training'): train_run(run)
 
 
-def test_a_checkpoint_sets_nothing_but_what_watchers_watch(few, run, tmp_path, monkeypatch):
-    for f in 'cifar_cam.experiment.draw_run', 'cifar_cam.experiment.write_report': monkeypatch.setattr(f, lambda run: None)
+def test_a_checkpoint_sets_nothing_but_what_watchers_watch(few, run, tmp_path, monkeypatch, undrawn):
     made = run_recipe('davidnet', few, tmp_path/'o', epochs=1, bs=10, lr=.05, keep_best=True, schedule='constant').path
     (made/'metrics.json').unlink()
     state = torch.load(made/'checkpoint.pt', weights_only=True)

@@ -732,9 +732,8 @@ def test_a_loader_without_end_shows_one_image(tmp_path):
     assert torch.equal(x[0], x[1])
 
 
-def test_a_run_on_a_table_in_python_is_looked_at_again(colours, narrow, tmp_path, monkeypatch):
+def test_a_run_on_a_table_in_python_is_looked_at_again(colours, narrow, tmp_path, monkeypatch, undrawn):
     monkeypatch.setitem(MODELS, 'davidnet', narrow)
-    for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)
     rows = pd.DataFrame([(f, f.parent.name, f.parent.parent.name) for f in image_files(colours)], columns=['file', 'label', 'split'])
     short = dict(epochs=1, bs=20, lr=.05, lr_min=.005)
     run = run_recipe('davidnet', rows, tmp_path/'one', **short)

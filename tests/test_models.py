@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from cifar_cam.core import InputError
+from cifar_cam.learner import cifar_learner
+from cifar_cam.loaders import cifar_dls
 from cifar_cam.models import (build_model, cifar_resnet18, cifar_resnet34, count_parameters, davidnet, layer_table,
                               MODELS, speednet, Whiten)
 
@@ -210,3 +212,8 @@ def test_wrong_names_of_libraries_are_one_line_with_the_nearest(monkeypatch):
     with pytest.raises(InputError, match='unknown network'): build_model('timm/hf-hub:some/where')
     monkeypatch.setitem(__import__('sys').modules, 'timm', None)
     with pytest.raises(InputError, match='pip install timm'): build_model('timm/convnext_femto')
+
+
+def test_weights_for_a_network_of_ones_own_are_refused(shapes):
+    with pytest.raises(InputError, match='pretrained=True is for a network given by name'):
+        cifar_learner(cifar_dls(shapes, bs=50), torch.nn.Linear(2, 10), pretrained=True)

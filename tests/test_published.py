@@ -89,9 +89,8 @@ def test_a_recipe_is_shown_beside_the_published_one(capsys):
 
 
 @pytest.mark.parametrize('name', PUBLISHED_RECIPES)
-def test_every_published_variant_trains(tmp_path, narrow, monkeypatch, name):
+def test_every_published_variant_trains(tmp_path, narrow, monkeypatch, name, undrawn):
     for arch in 'resnet18', 'davidnet-unscaled': monkeypatch.setitem(MODELS, arch, narrow)
-    for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)
     few = shapes_path(tmp_path, n_train=100, n_test=50)
     run = run_recipe(name, few, tmp_path, epochs=1, bs=8)
     assert run.finished and run.recipe.name == name and run.env['published_protocol'] and 'TEST' in run.chosen_on or not run.chosen_on.count('chosen on')
@@ -114,8 +113,7 @@ def test_a_pipeline_of_albumentations_own_comes_from_a_file(tmp_path):
     with pytest.raises(InputError, match='bad.json: is no pipeline of albumentations'): recipe_dls(find_recipe(r.name, pipeline=str(tmp_path/'bad.json')), few)
 
 
-def test_a_recipe_names_code_that_the_shell_runs_and_a_run_folder_does_not(tmp_path, capsys, monkeypatch):
-    for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)
+def test_a_recipe_names_code_that_the_shell_runs_and_a_run_folder_does_not(tmp_path, capsys, monkeypatch, undrawn):
     few = shapes_path(tmp_path, n_train=100, n_test=50)
     (tmp_path/'net.py').write_text("from torch import nn\nfrom cifar_cam.models import MODELS\n"
         "MODELS['mine'] = lambda n_out=10, norm='batch': nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, n_out))\n")

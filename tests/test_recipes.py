@@ -44,10 +44,9 @@ def drawn(): "A test that asks for this looks at figures or at the report"
 
 
 @pytest.fixture(autouse=True)
-def quick(request, monkeypatch):
+def quick(request):
     "Figures and report take most of the time of a small training"
-    if 'drawn' in request.fixturenames: return
-    for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)
+    if 'drawn' not in request.fixturenames: request.getfixturevalue('undrawn')
 
 
 def tiny_recipe(**changes):
@@ -314,7 +313,6 @@ def test_the_best_epoch_is_kept(shapes, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('last', [pytest.param(0, marks=pytest.mark.slow), 2])   # before and after the whitening's bias is frozen
 def test_a_speed_run_goes_on_to_the_same_numbers(shapes, tmp_path, monkeypatch, last):
-    for f in 'cifar_cam.experiment.draw_run', 'cifar_cam.experiment.write_report': monkeypatch.setattr(f, lambda run: None)
     class Dead(BaseException): pass
     r,save = change_recipe(RECIPES['speedrun'], epochs=4, bs=60, lr=.05, resize='16,16,32,32'),Checkpoint.after_epoch
     whole = run_recipe(r, shapes, tmp_path/'whole')
