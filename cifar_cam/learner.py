@@ -342,6 +342,7 @@ def cifar_learner(
     wd:float=5e-4, # weight decay; 5e-4 is what CIFAR-10 ResNets are mostly trained with
     label_smoothing:float=0., # share of the target spread over all classes
     pretrained:bool=False, # of a library's network: see `library_model`
+    init:str='own', # first weights of a network given by name: see `build_model`
     precision:str='auto', # what the forward pass is computed in: see `pick_precision`
     bf16:bool=None, # the older way to ask: True is 'bfloat16', False is 'float32'
     seed:int=0, # for the first weights and each epoch's random numbers
@@ -359,7 +360,7 @@ def cifar_learner(
         with keep_random():
             torch.manual_seed(seed)
             named = _of_images(dls) if is_library(arch) else {}
-            model = build_model(arch, _outputs(dls), norm, pretrained=pretrained, **named)
+            model = build_model(arch, _outputs(dls), norm, pretrained=pretrained, init=init, **named)
             if named: kwargs.setdefault('splitter', split_layers)
             if hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))
     precision = pick_precision(precision, dls.device, bf16)

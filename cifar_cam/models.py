@@ -301,6 +301,7 @@ def build_model(
     norm:str='batch', # normalisation: see `norm_layer`; a library's network has its own
     size:int=32, # the images' smaller side in pixels; ours take any
     pretrained:bool=False, stats:tuple=None, # of a library's network: see `library_model`
+    init:str='own', # first weights of the convolutions: the network's own, or PyTorch's default, which is shorter
 ) -> nn.Module:
     "The network called `arch`. Raises InputError that lists the names there are"
     if is_library(arch): return library_model(arch, n_out, norm, size, pretrained, stats)
@@ -308,4 +309,8 @@ def build_model(
         raise InputError(f"unknown network {arch!r}: choose one of {', '.join(MODELS)}, 'timm/…', 'torchvision/…'")
     if pretrained:
         raise InputError(f"{arch} has no weights trained elsewhere: pass pretrained=False")
-    return MODELS[arch](n_out=n_out, norm=norm)
+    model = MODELS[arch](n_out=n_out, norm=norm)
+    if init=='pytorch':
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d): m.reset_parameters()
+    return model

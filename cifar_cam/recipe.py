@@ -88,6 +88,7 @@ class Recipe:
     name: Annotated[str, AfterValidator(_folder_name)] # in run folders and tables
     arch: Annotated[str, one_of(MODELS, also=LIBRARIES)] = 'resnet18' # a key of `MODELS`, 'timm/…', 'torchvision/…'
     norm: Annotated[str, one_of(NORMS)] = 'batch' # normalisation: a key of `NORMS`
+    init: Annotated[str, one_of(('own', 'pytorch'))] = 'own' # first weights of the convolutions: see `build_model`
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 20 # passes over the training images
     bs: Annotated[int, Field(ge=2, le=65_536)] = 128 # images a batch
     opt: Annotated[str, one_of(OPTIMIZERS)] = 'sgd' # optimizer: a key of `OPTIMIZERS`
@@ -101,6 +102,7 @@ class Recipe:
     patience: Annotated[int, Field(ge=1, le=10_000)] = 3 # epochs without a better value that make a plateau
     watch: Annotated[str, one_of(('loss', 'accuracy'))] = 'loss' # what a plateau watches
     floor: Annotated[float, Field(ge=0, le=1000)] = 0. # a plateau does not lower the learning rate further than this
+    warmup: Annotated[int, Field(ge=0, le=10_000)] = 0 # epochs in which a plateau's learning rate climbs first
     wd: Annotated[float, Field(ge=0, le=1)] = 5e-4 # weight decay
     l1: Annotated[float, Field(ge=0, le=1)] = 0. # strength of the L1 penalty
     label_smoothing: Annotated[float, Field(ge=0, le=.9)] = 0. # share of the target spread over all classes
@@ -325,7 +327,7 @@ def recipe_learner(
     cbs += mix_callbacks(r.mixup, r.cutmix)
     if r.ema: cbs.append(WeightAverage(r.ema))
     if r.compile: cbs.append(Compiled())
-    return cifar_learner(dls, r.arch, r.norm, r.opt, r.wd, r.label_smoothing, seed=seed, cbs=cbs,
+    return cifar_learner(dls, r.arch, r.norm, r.opt, r.wd, r.label_smoothing, init=r.init, seed=seed, cbs=cbs,
                          **{'precision': r.precision, **kwargs})
 
 # %% ../nbs/18_recipe.ipynb #b1cd9bdd
@@ -373,5 +375,5 @@ def _schedule(r, lr):
     if r.schedule=='linear': return [ParamScheduler({'lr': SchedLin(lr, 0)})]
     if r.schedule=='cosine': return [ParamScheduler({'lr': SchedCos(lr, 0)})]
     if r.schedule=='steps': return [ParamScheduler({'lr': step_schedule(lr, read_steps(r.steps), r.epochs)})]
-    if r.schedule=='plateau': return [Plateau(r.factor, r.patience, r.floor, r.watch)]
+    if r.schedule=='plateau': return [Plateau(r.factor, r.patience, r.floor, r.watch, r.warmup)]
     return []

@@ -120,11 +120,24 @@ class Plateau(ReduceLROnPlateau):
         patience:int=3, # epochs without a new best
         min_lr:float=0., # the learning rate is not lowered further than this
         watch:str='loss', # 'loss' or 'accuracy', of the validation images
+        warmup:int=0, # epochs in which the rate climbs to its value first; their losses are not counted
     ):
         if not 0 < factor < 1:
             raise InputError(f'factor={factor}: choose it between 0 and 1')
         super().__init__(f'valid_{watch}', patience=patience, factor=1/factor, min_lr=min_lr)
+        self.warmup = warmup
+
+    def before_fit(self):
+        super().before_fit()
+        self.top = [h['lr'] for h in self.opt.hypers]  # before a checkpoint brings a lower one
+
+    def before_batch(self):
+        if not self.training or self.epoch >= self.warmup: return
+        share = (self.epoch + (self.iter + 1)/self.n_iter)/self.warmup
+        self.opt.set_hyper('lr', [lr*share for lr in self.top])
+
     def after_epoch(self):
+        if self.epoch < self.warmup: return
         lowered = [max(h['lr']/self.factor, self.min_lr) for h in self.opt.hypers]
         super().after_epoch()
         # what fastai writes into is a copy, where the optimizer is PyTorch's

@@ -57,6 +57,12 @@ def colours(tmp_path_factory):
 
 
 @pytest.fixture
+def on_cpu(monkeypatch):
+    "Trainings stay on the CPU, whose bits repeat, on a machine with a GPU too; `test_cuda.py` asks for a GPU's"
+    monkeypatch.setattr('fastai.torch_core.defaults.use_cuda', False, raising=False)
+
+
+@pytest.fixture
 def undrawn(monkeypatch):
     "Trainings write no figures and no report, which take most of the time of a small one"
     for f in 'draw_run', 'write_report': monkeypatch.setattr(f'cifar_cam.experiment.{f}', lambda run: None)

@@ -199,7 +199,7 @@ def test_alternating_flips_reach_the_loaders(shapes):
     assert (straight[0] ^ straight[1]).all()
 
 
-def test_a_training_shows_each_image_the_other_way_round_in_the_next_epoch(shapes, tmp_path):
+def test_a_training_shows_each_image_the_other_way_round_in_the_next_epoch(shapes, tmp_path, on_cpu):
     plain = in_order(cifar_dls(shapes, bs=300).train).as_subclass(torch.Tensor)
     way,seen = {o.numpy().tobytes(): (i, m) for m,xs in enumerate((plain, plain.flip(-1))) for i,o in enumerate(xs)},[]
     class Note(Callback):

@@ -516,8 +516,8 @@ def parallel_compiled(m): return nn.DataParallel(torch.compile(m, backend='eager
 @pytest.mark.parametrize('key', ['gradcam', 'fullgrad', 'ablationcam'])
 def test_wrapped_models(wrap, key, xb):
     want,m = cam_maps(tiny(), xb, key).maps, wrap(tiny())
-    torch.testing.assert_close(cam_maps(m, xb, key).maps, want, atol=1e-5, rtol=0)
-    assert torch.equal(m(xb).detach(), tiny()(xb).detach())
+    torch.testing.assert_close(cam_maps(m, xb, key).maps.cpu(), want, atol=1e-5, rtol=0)  # `DataParallel` goes to a GPU
+    assert torch.equal(m(xb).detach(), wrap(tiny())(xb).detach())
 
 
 def test_compiled_parts_are_not_compiled_again(xb):

@@ -46,10 +46,10 @@ def test_a_run_its_report_its_scorecard_and_the_shipped_weights(shapes, tmp_path
 
 def test_the_finder_and_a_plateau_run_whole(shapes, tmp_path):
     run = run_recipe(find_recipe('resnet18-plateau', epochs=2, bs=50, lr='find', hold_out=.2), shapes, tmp_path/'runs')
-    assert len(run.history) == 2 and run.lrs['lr'] > 0
+    assert len(run.history) == 2 and run.lrs[1] > 0
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', [m for m in METHODS if m != 'randomcam'])  # a GPU draws other random numbers
 def test_every_cam_method_gives_the_map_of_the_cpu(trained, method):
     learn = trained
     x = learn.dls.valid.one_batch()[0][:2]

@@ -60,7 +60,7 @@ def test_the_picks_bracket_the_fall_of_the_loss():
     assert lo == pytest.approx(10**-2.8, rel=.2) and hi == pytest.approx(10**-1.2, rel=.2)
 
 
-def test_find_lrs_marks_both_picks_and_leaves_the_learner_as_it_was(colours, tmp_path):
+def test_find_lrs_marks_both_picks_and_leaves_the_learner_as_it_was(colours, tmp_path, on_cpu):
     import matplotlib.pyplot as plt
     plt.close('all')
     learn = tiny_learner(colours, path=tmp_path)

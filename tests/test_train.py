@@ -20,6 +20,8 @@ from cifar_cam.learner import Checkpoint, cifar_learner, SeedEpochs
 from cifar_cam.recorder import _DeviceSmoothLoss as DeviceSmoothLoss
 from conftest import megabytes
 
+pytestmark = pytest.mark.usefixtures('on_cpu')
+
 
 def tiny_net(n_out=10):
     torch.manual_seed(3)

@@ -1,20 +1,21 @@
 "What the scripts share: options, a training of a few steps, the machine. They run on a CPU too, with few images: that shows that they work, its numbers mean nothing."
 import sys
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'bench'))
 import torch
 from fastai.vision.all import Callback, CancelFitException
 
-from cifar_cam.all import data_path, find_recipe, recipe_dls, recipe_learner, shapes_path
+from cifar_cam.all import change_recipe, data_path, find_recipe, recipe_dls, recipe_learner, shapes_path
 from turns import BEST, keep, machine, options, seconds
 
 __all__ = ['BEST', 'data_for', 'keep', 'learner', 'machine', 'options', 'seconds', 'StopAt', 'synchronize']
 
 
 def data_for(data, folder):
-    "The images called `data`; 'few': sixty drawn ones"
-    return shapes_path(Path(folder)/'few', n_train=60, n_test=20) if data == 'few' else data_path(data)
+    "The images called `data`; 'few': three hundred drawn ones"
+    return shapes_path(Path(folder)/'few', n_train=300, n_test=100) if data == 'few' else data_path(data)
 
 
 def synchronize(device):
@@ -29,7 +30,12 @@ class StopAt(Callback):
         if self.train_iter >= self.n: raise CancelFitException
 
 
+@cache
+def loaders(r, data, device): return recipe_dls(r, data, device=torch.device(device), hold_out=False)
+
+
 def learner(name, data, device, cbs=(), precision='auto', seed=0, **changes):
     "The Learner of a recipe whose learning rates are given, for some steps"
     r = find_recipe(name, **{'lr': .05, 'lr_min': .005, 'epochs': 2, **changes})
-    return recipe_learner(r, recipe_dls(r, data, device=torch.device(device), hold_out=False), seed=seed, cbs=list(cbs), precision=precision)
+    of_data = change_recipe(r, lr=.05, lr_min=.005, epochs=1, resize='', deterministic=False)  # the loaders are those of other trainings too
+    return recipe_learner(r, loaders(of_data, data, device), seed=seed, cbs=list(cbs), precision=precision)
