@@ -77,9 +77,11 @@ def image_table(
 
 def _rows_of(parts):
     "The images <part>/<class>/<image>; what lies deeper or is hidden is none of them"
-    rows = [(f, d.name, split) for split,part in parts.items() for d in subfolders(part)
-            for f in get_image_files(d, recurse=False)]
-    return pd.DataFrame(sorted(rows), columns=['file', 'label', 'split'])
+    folders = sorted((d, split) for split,part in parts.items() for d in subfolders(part))
+    # paths compare part by part; within a folder their names tell the order
+    rows = [(f, d.name, split) for d,split in folders
+            for f in get_image_files(d, recurse=False).sorted(lambda f: os.path.normcase(f.name))]
+    return pd.DataFrame(rows, columns=['file', 'label', 'split'])
 
 def image_files(
     path:Path, # what `data_path` returns
@@ -182,13 +184,16 @@ def _check_kaggle(path):
 def folder_digest(
     path:Path, # what `data_path` returns
     of, # file → bytes that stand for it
+    rows:pd.DataFrame=None, # `image_table(path)`, where that has just been made
 ) -> str:
     "SHA-256 over the name of each image, below the folder that all are in, and over `of` it"
-    rows,digest = image_table(path),hashlib.sha256()
+    rows,digest,below = image_table(path) if rows is None else rows,hashlib.sha256(),{}
     form,root = rows.attrs['form'],rows.attrs['root']
     if form == 'table': root = Path(os.path.commonpath({f.parent for f in rows.file}))
     for f,label,split in zip(rows.file, rows.label, rows.split):
-        digest.update(os.fsencode(f.relative_to(root).as_posix()) + b'\n')
+        folder,name = os.path.split(f)
+        if folder not in below: below[folder] = (Path(folder).relative_to(root)/'_').as_posix()[:-1]
+        digest.update(os.fsencode(below[folder] + name) + b'\n')
         if form == 'table': digest.update(f'{label}\t{split}\n'.encode())
         try: digest.update(of(f))
         except OSError as e: raise InputError(f'{f}: cannot be read ({e.strerror}); fetch it again') from None
@@ -297,7 +302,7 @@ def get_y(self:ImageSource,
 ) -> str:
     "The label of `item`. Raises InputError for a file that the table does not have"
     if self.own_y: return self.own_y(item)
-    if self.label is None: return parent_label(item)
+    if self.label is None: return item.parent.name if isinstance(item, Path) else parent_label(item)
     if item not in self.label:
         raise InputError(f'{item}: is not in the table of labels')
     return self.label[item]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.data.external import fastai_path
-from fastai.vision.all import PILImage, RandomResizedCrop, Resize, Rotate, TensorImage, Transform
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, PILImage, RandomResizedCrop, Resize, Rotate, TensorImage, Transform
 from PIL import Image
 
 import cifar_cam.images as data
@@ -14,7 +14,7 @@ from cifar_cam.cli import main
 from cifar_cam.core import InputError
 from cifar_cam.formats import unpack_images
 from cifar_cam.images import check_cifar, CIFAR10, cifar_path, data_checksum, data_path, hold_out_splitter, image_files
-from cifar_cam.loaders import cached_images, cifar_dls, MemoryDL
+from cifar_cam.loaders import cached_images, cifar_dls, _looked_up, MemoryDL
 from cifar_cam.shapes import shapes_path
 
 
@@ -174,6 +174,23 @@ def test_valid_stands_for_test_where_that_is_missing(tmp_path, shapes):
     a,b = (cifar_dls(r, hold_out=.1, num_workers=0, bs=16) for r in (shapes, root))
     assert [len(dl.dataset) for dl in a.loaders]==[len(dl.dataset) for dl in b.loaders]==[270, 30, 100]
     assert [f.relative_to(root).parts[1:] for f in b.loaders[2].items]==[f.relative_to(shapes).parts[1:] for f in a.loaders[2].items]
+
+
+def test_targets_are_those_of_the_pipeline(shapes, tmp_path):
+    table = tmp_path/'decisions.csv'
+    table.write_text('file,decision,label\ntrain/arrow/arrow_0000.png,relabel,house\ntrain/circle/circle_0001.png,drop,\n')
+    ways = [{}, dict(hold_out=.1), dict(decisions=table), dict(get_y=lambda f: f.name[0]), dict(get_y=lambda f: len(f.name))]
+    made = [cifar_dls(shapes, bs=16, **how) for how in ways] + [cifar_dls(data.image_table(shapes), bs=16)]
+    loaders = [dl for dls in made for dl in (*dls.loaders, dls.test_dl(image_files(shapes)[5:8], with_labels=True))]
+    assert all(_looked_up(dl.dataset.tls[1]) for dl in loaders)
+    def typed(f:Path) -> str: return f.name[:2]
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=image_files, get_y=typed, dl_type=MemoryDL)
+    dls = block.dataloaders(shapes, bs=16)
+    assert not _looked_up(dls.train.dataset.tls[1])
+    for dl in loaders + dls.loaders:
+        assert dl.targets.dtype == torch.int64 and dl.targets.tolist() == [int(y) for y in dl.dataset.tls[1]]
+    unknown = shutil.copytree(shapes/'train'/'star', tmp_path/'comet')
+    with pytest.raises(KeyError, match='comet'): cifar_dls(shapes, bs=16).test_dl(sorted(unknown.iterdir())[:2], with_labels=True)
 
 
 def test_a_batch_larger_than_the_set_is_refused(shapes):
