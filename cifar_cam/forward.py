@@ -227,7 +227,8 @@ class _Call:
         self.blocks = any(p is not None for c in module.children() for p in [next(c.parameters(), None)])
         self.weights = any(p.ndim > 1 for p in module.parameters())
         self.norm = _is_norm(module)
-        self.kids,self.given,self.end,self.value,self.shape,self.grid = [],set(),-1,None,None,None
+        self.kids,self.given,self.end,self.made = [],set(),-1,0 # `made`: how many results there were at its end
+        self.value,self.shape,self.grid = None,None,None
     def __repr__(self): return f'{self.name} {self.shape}'
 
 def _is_norm(module):
@@ -278,6 +279,7 @@ class LayerTrace:
             except InputError: self.answers = flow.numbers(out)
         self.made_of,self.side = flow.made_of,flow.side
         self.asked,names = self.upstream(self.answers),[c.name for c in self.calls]
+        self.used = {v: r for r in sorted(self.asked) for v in self.made_of[r]} # result → the last one made of it
         self.runs,self.found = {n: names.count(n) for n in names},{}
         self.kinds = {n: type(m) for n,m in model.named_modules()}
 
@@ -294,7 +296,7 @@ def _enter(self:LayerTrace, flow, name, module, args, kwargs):
 @patch
 def _leave(self:LayerTrace, flow, module, args, out):
     call,t = self.stack.pop(),main_tensor(out)
-    call.end,self.ended = self.ended,self.ended + 1
+    call.end,self.ended,call.made = self.ended,self.ended + 1,len(flow.made_of)
     if t is None or (n := flow.number(t)) is None: return
     self._look(t)
     call.value,call.shape,call.grid = n,tuple(t.shape),self._grid(t)

@@ -20,7 +20,12 @@ _no_layer = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AdaptiveAvgPool2d, nn.Ada
 @patch
 def _gives_map(self:LayerTrace, c, once=True):
     kept = c.grid is not None and c.value in self.asked and c.value not in c.given and not issubclass(c.kind, _no_layer)
-    return kept and (self.runs[c.name] == 1 or not once)
+    return kept and self._hands_on(c) and (self.runs[c.name] == 1 or not once)
+
+@patch
+def _hands_on(self:LayerTrace, c):
+    "Do the logits need the map after `c` has given it? A module may pool its map itself, and give both"
+    return c.value in self.answers or self.used[c.value] >= c.made
 
 @patch
 def _px(self:LayerTrace, c): return min(*c.grid[1:3], self.side[c.value])
@@ -233,6 +238,7 @@ def role(self:LayerTrace,
         run = [k for k in self.calls if k.name == c.name].index(c) + 1
         return 'the layer' if f'{c.name}:{run}' in auto else f'runs {self.runs[c.name]} times'
     if c.value not in self.asked: return 'the logits do not depend on it'
+    if not self._hands_on(c): return 'the logits use its map inside it'
     if not self._gives_map(c): return 'hands its input on' if c.value in c.given else 'pools'
     if self._px(c) < min_px: return 'too small'
     if c in self.stages(min_px): return 'candidate'

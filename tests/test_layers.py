@@ -119,7 +119,59 @@ def test_a_family_without_glue(family):
     assert min(h, w) >= 5 and h*size[1] == w*size[0]
 
 
+def hugging_face(kind, **config):
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    return getattr(transformers, f'{kind}ForImageClassification')(getattr(transformers, f'{kind}Config')(num_labels=5, **config))
+
+OF_TOKENS = dict(image_size=64, patch_size=8, hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=64)
+FOUR = dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
+HUGGING_FACE = { # settings, side, the reshape written by hand; the library cannot take a layer that gives an object: the last stage in it gives the same
+    'ViT': (OF_TOKENS, 64, partial(tokens, 8, 8, 1)), 'Dinov2': (OF_TOKENS, 64, partial(tokens, 8, 8, 1)), 'Beit': (OF_TOKENS, 64, partial(tokens, 8, 8, 1)),
+    'Swin': (dict(image_size=64, patch_size=4, window_size=4, embed_dim=24, depths=[1, 2], num_heads=[2, 4]), 64, partial(tokens, 8, 8, 0)),
+    'ConvNext': (FOUR, 160, None), 'ResNet': (dict(FOUR, embedding_size=8, layer_type='basic'), 160, None)}
+STAGES = {'ConvNext': 'convnext.encoder.stages.3', 'ResNet': 'resnet.encoder.stages.3'}
+
+class Logits(nn.Module):
+    "What pytorch-grad-cam needs, and we do not"
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return self.net(x).logits
+
+@pytest.mark.parametrize('kind', [k if k=='ViT' else pytest.param(k, marks=slow) for k in HUGGING_FACE])
+def test_a_network_of_hugging_face_without_glue(kind):
+    config,side,reshape = HUGGING_FACE[kind]
+    m,x = awake(hugging_face(kind, **config)),torch.randn(2, 3, side, side)
+    found,ours = cam_layer(m, size=(side, side))[0],cam_maps(m, x, 'gradcam')
+    def by_hand(out):
+        t = out if torch.is_tensor(out) else out[0]
+        return reshape(t) if reshape else t
+    theirs = library(Logits(m), f'net.{STAGES.get(kind, found)}', x, ours.preds.argmax(1), by_hand)
+    assert not ours.blank.any() and theirs.std() > 0.01
+    assert (ours.maps - theirs).abs().max() < 1e-4
+
+
 # situations
+
+class Pooled(nn.Module):
+    "Gives its map and the mean of it; the head takes the mean, as ConvNeXt's does at Hugging Face"
+    def __init__(self): super().__init__(); self.conv1,self.conv2 = nn.Conv2d(3, 8, 3, 2, 1),nn.Conv2d(8, 8, 3, 1, 1)
+    def forward(self, x):
+        x = self.conv2(self.conv1(x).relu())
+        return x, x.mean((2, 3))
+
+class PooledNet(nn.Module):
+    def __init__(self, of_map): super().__init__(); self.body,self.fc,self.of_map = Pooled(),nn.Linear(8, 5),of_map
+    def forward(self, x):
+        m,pooled = self.body(x)
+        return self.fc(m.mean((2, 3)) if self.of_map else pooled)
+
+@pytest.mark.parametrize('of_map, layer', [(True, 'body'), (False, 'body.conv2')])
+def test_a_layer_whose_map_nobody_takes_is_none(of_map, layer):
+    m,x = PooledNet(of_map).eval(),torch.randn(2, 3, 32, 32)
+    assert cam_layer(m, size=(32, 32))[0] == layer
+    assert not cam_maps(m, x, 'gradcam').blank.any()
+    roles = dict(layer_candidates(m, size=(32, 32))[['layer', 'role']].values)
+    assert roles['body'] == ('the layer' if of_map else 'the logits use its map inside it')
+
 
 class Listed(nn.Module):
     "Stages in a list or a dictionary of modules, which is never called itself; what follows a stage is shared, or a function"
