@@ -26,7 +26,7 @@ def _judges_classes(loss):
     return isinstance(inner, (nn.CrossEntropyLoss, nn.NLLLoss)) or inner is F.cross_entropy
 
 class CheckOutputs(Callback):
-    "Raises InputError if the numbers of outputs and classes differ, before training or predicting"
+    "Raises InputError if the numbers of outputs and classes differ, in training and in prediction"
     order,expected = -6,None
     def before_fit(self):
         vocab = getattr(self.dls, 'vocab', None) or ()
