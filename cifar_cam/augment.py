@@ -78,7 +78,7 @@ def _flipped(x, which):
     "The images for which `which` is true, mirrored, and the others"
     x = x.as_subclass(torch.Tensor)
     if x.device.type!='cpu': return TensorImage(torch.where(which[:, None, None, None], x.flip(-1), x))
-    out,which = x.clone(),which.nonzero().flatten()  # a GPU would have to be asked how many these are
+    out,which = x.clone(),which.nonzero().flatten()  # on a GPU this would wait for their number
     out[which] = x[which].flip(-1)
     return TensorImage(out)
 
@@ -93,7 +93,7 @@ class HorizontalFlip(ImageTransform):
 
 # %% ../nbs/03_augment.ipynb #e155947e
 class AlternatingFlip(HorizontalFlip):
-    "Mirror an image in every other epoch; which half begins mirrored is drawn once (Jordan 2024)"
+    "Mirror an image in every other epoch; a single draw decides which images begin mirrored (Jordan 2024)"
     order = 0  # before the others, which do not keep a batch's rows
     def encodes(self, x:TensorImage):
         begins = (x.rows*2654435761 >> 15) & 1  # multiplicative hashing (Knuth): a draw that needs no state
@@ -230,7 +230,7 @@ def albumentations_augment(
 def load_albumentations(
     path:str|Path, # a JSON or YAML file that `A.save` wrote
 ) -> Albumentations:
-    "The pipeline in a file of albumentations' own. Raises InputError for a file that is none"
+    "The pipeline in a file that `A.save` wrote. Raises InputError for any other file"
     import albumentations as A
     kind = 'yaml' if str(path).endswith(('.yaml', '.yml')) else 'json'
     try: return Albumentations(A.load(path, data_format=kind))

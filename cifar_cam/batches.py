@@ -85,7 +85,7 @@ _TEN = [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta']
 def batch_names(
     path:Path, # a folder
 ) -> list:
-    "The batches that `path` should have: those of CIFAR-10 or of CIFAR-100; none if it is no folder of batches"
+    "The batches that `path` should have, of CIFAR-10 or CIFAR-100; an empty list if it is no folder of batches"
     if not Path(path).is_dir(): return []
     there = {o.name for o in os.scandir(path) if o.is_file()}
     if any(re.fullmatch(r'data_batch_\d+|test_batch|batches\.meta', n) for n in there): return _TEN
@@ -97,7 +97,7 @@ def read_batch(
     classes:list, # names of the classes
     key:str='labels', # 'labels', 'fine_labels' or 'coarse_labels'
 ) -> tuple: # N×3×32×32 bytes, N classes, N file names
-    "The images of a batch. Raises InputError that names what is wrong in it"
+    "The images of a batch. Raises InputError that names the error"
     batch = read_pickle(path)
     for k in 'data', key:
         if k not in batch:
@@ -233,7 +233,7 @@ def parquet_files(
     return parts
 
 def _split_of(file):
-    "train-00000-of-00001, cifar10-test, test/0000; train where nothing is said"
+    "train-00000-of-00001, cifar10-test, test/0000; train if nothing names a part"
     words = [split_name(w) for w in re.split(r'[^A-Za-z]+', file.stem)]
     named = {w for w in words if w}
     return words[0] or (named.pop() if len(named) == 1 else split_name(file.parent.name)) or 'train'

@@ -193,10 +193,10 @@ def draw_cam(
     ax:Axes, # a panel
     image:np.ndarray, # H×W×3 uint8
     cam:np.ndarray, # h×w: see `overlay`
-    blank:bool=False, # the map says nothing
+    blank:bool=False, # the map is blank
     **kwargs, # more for `overlay`
 ):
-    "The overlay, or, where the map says nothing, the image alone with a mark"
+    "The overlay, or, for a blank map, the image alone with a mark"
     draw_image(ax, image if blank else overlay(image, cam, **kwargs))
     if blank: ax.text(0.5, 0.04, 'no map', transform=ax.transAxes, ha='center', va='bottom', fontsize=7, color='white',
                       bbox=dict(boxstyle='round,pad=0.2', fc='black', ec='none', alpha=0.7))
@@ -215,7 +215,7 @@ class Panels:
         plain:bool=False, # no text and no bars
         figsize:tuple=None, dpi:int=None, # of the figure, in inches
         columns:list=(), # heads of the columns, or of those of each group
-        group:int=1, # neighbours that belong together
+        group:int=1, # columns that belong together
         aspect:float=1., # height of a panel over its width
         above:int=0, # lines over the first row only
     ):
@@ -253,7 +253,7 @@ def _write(self:Panels, x, y, text, size, **kwargs):
 
 @patch
 def _heads(self:Panels, head):
-    "What stands over all rows, but for the colour bars: they come when they are asked for"
+    "The headline and the column heads; colour bars are added later by `bar`"
     self.bar_at = _PAD
     (head,),size = fit_text([head], self.size[0] - 2*_PAD, 9.5, 7)
     if head: self._write(_PAD, .19, head, size, color='0.25')

@@ -110,7 +110,7 @@ _REACH = max(np.hypot(*xy.T).max() for xy in OUTLINES.values()) # of the longest
 
 def draw_shape(
     name:str, # one of `SHAPES`
-    rng:np.random.Generator, # decides all but the class: the same state gives the same scene for every class
+    rng:np.random.Generator, # the same state gives the same scene for every class
     size:int=32, # side in pixels
 ) -> tuple[Image.Image,Image.Image]: # RGB image; mask, 'L', 255 where at least half of the pixel is object
     "A `name` of random place, size, tilt and colour on a random background. Raises InputError for an unknown `name`"
