@@ -25,7 +25,7 @@ from .parallel import whole_batch
 def predict_loader(
     learn:Learner, # its network predicts
     dl, # loader of images and targets
-    view=None, # batch → the same images seen otherwise: see `TTA`
+    view=None, # batch → another view of the same images, such as mirrored: see `TTA`
     dtype:torch.dtype=None, # compute in this half precision; the logits are float32 either way
 ) -> tuple:
     """Logits and targets of all images of `dl`, on the CPU; in several processes, `dl` is a `shard_loader` and all

@@ -37,7 +37,7 @@ def _numpy_seed(seed):
 def positive_maps(
     model:nn.Module, # a classifier of images
     x:torch.Tensor, # normalised images: N×C×H×W
-    targets:torch.Tensor, # the class asked about in each image: N indices
+    targets:torch.Tensor, # the class whose map is requested, for each image: N indices
     method:str='gradcam', # see `cam_maps`
     layer:str|nn.Module|list='auto', min_px:int=5, # see `cam_maps`
     seed:int=0, # for RandomCAM
@@ -82,7 +82,7 @@ def _enlarged(maps, size):
 def pointing_game(
     maps:torch.Tensor, # N×h×w
     masks:torch.Tensor, # N×H×W booleans
-) -> torch.Tensor: # N scores, 0 or 1 but for tied maxima
+) -> torch.Tensor: # N scores, 0 or 1 except for tied maxima
     "Is the highest place of the map in the mask? 0 for a map without attribution, NaN for NaN (Zhang et al. 2016)"
     m,masks = _enlarged(maps.cpu().double(), masks.shape[1:]).flatten(1),masks.cpu()
     high = m.amax(1, keepdim=True)
@@ -93,8 +93,8 @@ def pointing_game(
 def pick_montages(
     targs:torch.Tensor, # the class of each image: N indices
     eligible:torch.Tensor, # N booleans: may be used
-    n:int=500, # most montages; 500 in Rao et al.
-    seed:int=0, # which ones
+    n:int=500, # at most this many montages; 500 in Rao et al.
+    seed:int=0, # decides which images are picked
 ) -> torch.Tensor: # M×4 places, M ≤ n as many as there can be: four distinct classes each, no image twice
     "Images for montages of 2×2"
     rng = np.random.default_rng(seed)
@@ -133,7 +133,7 @@ def grid_maps(
 def grid_pg(
     maps:torch.Tensor, # from `grid_maps`: M×4×h×w
 ) -> torch.Tensor: # M×4 scores; chance is 0.25, a map without attribution scores 0
-    "The share of the positive attribution in the quadrant of the class asked about (Rao et al. 2022)"
+    "The share of the positive attribution in the quadrant of the requested class (Rao et al. 2022)"
     quadrants = torch.eye(4).view(4, 1, 2, 2)
     return torch.stack([energy_inside(m, q) for m,q in zip(maps.unbind(1), quadrants)], 1)
 

@@ -33,7 +33,7 @@ class SweepRecord(BaseModel, strict=True):
     data: str # 'cifar10', 'shapes', or the path of the images
     data_checksum: str # of the images
     trials: Annotated[int, Field(gt=0)] # how many are wanted
-    seed: Seed # of every training and of what is proposed
+    seed: Seed # of every training and of the proposals
     prune: bool # stop what falls behind
     storage: str # where Optuna keeps the trials
     study: str # their name in it
@@ -77,7 +77,7 @@ def begin_sweep(
     trials:int=20, # trainings, those that are pruned included
     out:str|Path='runs', # the folder that gets the sweep's folder
     storage:str='sqlite', # see `open_storage`
-    seed:int=0, # of every training, of which images are held out, and of what is proposed
+    seed:int=0, # of every training, of the held-out images, and of the proposals
     prune:bool=True, # stop a training that is worse than the median of the others at the same epoch
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
 ) -> Sweep:
@@ -124,7 +124,7 @@ def trial_recipe(
 
 # %% ../nbs/25c_search.ipynb #15a72437
 class JudgeTrial(Callback):
-    "Tell Optuna the held-out accuracy after each epoch; stop where it says so. Raises optuna.TrialPruned"
+    "Report the held-out accuracy to Optuna after each epoch; stop if it prunes. Raises optuna.TrialPruned"
     order = 71  # after the history and the checkpoint
     def __init__(self,
         trial, # Optuna's
@@ -222,7 +222,7 @@ def _counted(sweep, below=None):
 
 # %% ../nbs/25c_search.ipynb #af4d45fb
 def work_on_sweep(
-    sweep:Sweep, # in which other processes may take part
+    sweep:Sweep, # other processes may take part in it
 ):
     "Train trials until there are as many as planned"
     env,plan,unlucky = _same_environment(sweep),sweep.plan,[]

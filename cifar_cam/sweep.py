@@ -145,7 +145,7 @@ def sweep_recipe(
     trials:int=20, # trainings, those that are pruned included
     out:str|Path='runs', # the folder that gets the sweep's folder
     storage:str='sqlite', # see `open_storage`
-    seed:int=0, # of every training, of which images are held out, and of what is proposed
+    seed:int=0, # of every training, of the held-out images, and of the proposals
     prune:bool=True, # stop a training that is worse than the median of the others at the same epoch
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
 ) -> Sweep:

@@ -22,7 +22,7 @@ from .copies import find_copies, thumbnails
 
 # %% ../nbs/17_triage.ipynb #17scor01
 def _own_and_other(probs, targs):
-    "What the label has, the best of what the other classes have, and which class that is"
+    "The probability of the label, the highest of the other classes, and the index of that class"
     rows,rest = np.arange(len(targs)),np.array(probs, dtype=float)
     rest[rows, targs] = -1
     return np.asarray(probs, dtype=float)[rows, targs],rest.max(1),rest.argmax(1)
@@ -84,14 +84,14 @@ VERDICTS = dict(
 
 # %% ../nbs/17_triage.ipynb #17verd03
 def verdicts(
-    evidence:list, # of `Evidence`; the first one is the network whose mistakes are told apart
+    evidence:list, # of `Evidence`; the mistakes of the first network are sorted
     doubt:np.ndarray, # N label scores
     spread:np.ndarray, # N ambiguity scores
     copies:np.ndarray=None, # N booleans; None: not looked for
     sure:float=.98, # label score from which the label is blamed; set by judgement
     torn:float=.4, # ambiguity score from which an image is ambiguous
-    first:int=50, # so many are blamed in any case, where the network makes as many mistakes
-) -> np.ndarray: # N words, '' for an image without a doubt
+    first:int=50, # at least so many are blamed, if the network makes as many mistakes
+) -> np.ndarray: # N words, '' for an image that is not doubtful
     "One of `VERDICTS` for each image. Where several fit, the first of: label, copy, ambiguous, shared, network"
     targs,preds = evidence[0].targs,np.stack([o.plain.argmax(1) for o in evidence])
     wrong = preds[0] != targs
@@ -107,7 +107,7 @@ _COLUMNS = ['file', 'label', 'suggested', 'verdict', 'label_score', 'ambiguity_s
            'predicted', 'mistaken', 'copy_of']
 
 def triage_table(
-    evidence:list, # of `Evidence`, one for each network; the first one is the network whose mistakes are told apart
+    evidence:list, # of `Evidence`, one for each network; the mistakes of the first network are sorted
     copies:dict=None, # file → the file it is a copy of
     method:str='odds', # see `label_scores`
     **kwargs, # thresholds of `verdicts`
@@ -142,8 +142,8 @@ def copies(self:CamInterpretation,
 # %% ../nbs/17_triage.ipynb #17inte05
 @patch
 def triage(self:CamInterpretation,
-    others:list=(), # what more networks say: `Evidence`, or interpretations of the same images
-    views:str='flip-translate', # what logits are averaged over: see `look`
+    others:list=(), # other networks: their `Evidence`, or interpretations of the same images
+    views:str='flip-translate', # what logits are averaged over: see `see_images`
     neighbours:bool=False, # ask the training images too, which takes a pass over them
     copies:bool=True, # search for copies
     **kwargs, # more for `triage_table`: method and thresholds
@@ -158,7 +158,7 @@ def triage(self:CamInterpretation,
 def plot_triage(self:CamInterpretation,
     table:pd.DataFrame, # from `triage`
     verdict:str='label', # a key of `VERDICTS`
-    k:int=10, # images; if there are fewer, those there are
+    k:int=10, # at most this many images
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
 ) -> Figure:
     "A gallery of the images with one verdict, titled label → suggested. Raises InputError for another verdict"
