@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from cifar_cam.all import Compiled, evaluate_learner, find_recipe, fit_recipe, recipe_dls, recipe_learner
-from shared import BEST, data_for, keep, machine, options, seconds
+from shared import BEST, collect, data_for, options, seconds
+from turns import keep
 import speedrun
 
 
@@ -22,25 +23,33 @@ def ours(dls, r, device, seed, cbs):
     return seconds(run, device), found['accuracy_tta']
 
 
-def measure(script, data, device, runs=3, backend='inductor', **changes):
-    r,rows = find_recipe('speedrun', **changes),[]
+def rows(script, data, device, runs=3, backend='inductor', **changes):
+    r = find_recipe('speedrun', **changes)
     dls = recipe_dls(r, data, device=torch.device(device))
-    for name,cbs in {'speedrun': list, 'speedrun, compiled': lambda: [Compiled(backend)]}.items():
+    def of_ours(name, cbs):
         for seed in range(runs + 1):
             took,accuracy = ours(dls, r, device, seed, cbs())
-            if seed: rows.append(dict(run=name, seconds=took, accuracy=accuracy))  # the first one warms up
-    if script: rows += [dict(run='airbench94_muon', seconds=s, accuracy=acc) for acc,s in speedrun.airbench(script.resolve(), data, device, runs)]
-    time = {name: mean(row['seconds'] for row in rows if row['run'] == name) for name in {row['run'] for row in rows}}
-    ratios = {f'{n} ÷ airbench94_muon': t/time['airbench94_muon'] for n,t in time.items() if n != 'airbench94_muon'} if script else {}
-    return dict(benchmark='beside_airbench', **machine(device), rows=rows, ratios=ratios)
+            if seed: yield dict(run=name, seconds=took, accuracy=accuracy)  # the first one warms up
+    yield from of_ours('speedrun', list)
+    if script: yield from (dict(run='airbench94_muon', seconds=s, accuracy=acc) for acc,s in speedrun.airbench(script.resolve(), data, device, runs))
+    yield from of_ours('speedrun, compiled', lambda: [Compiled(backend)])
+
+
+def times_airbench(rows):
+    "Mean seconds of each of ours over airbench's"
+    time = {name: mean(row['seconds'] for row in rows if row['run']==name) for name in {row['run'] for row in rows}}
+    theirs = time.pop('airbench94_muon', None)
+    return {f'{name} ÷ airbench94_muon': t/theirs for name,t in time.items()} if theirs else {}
 
 
 def main():
     p = options(__doc__, data='cifar10', device=BEST, runs=3, epochs=10, bs=2000, backend='inductor')
     p.add_argument('--airbench', type=Path, help='airbench94_muon.py; without it ours alone')
     a = p.parse_args()
-    with TemporaryDirectory() as tmp: res = measure(a.airbench, data_for(a.data, tmp), a.device, a.runs, a.backend, epochs=a.epochs, bs=a.bs)
-    for r in res['rows']: print(f"{r['run']:22}{r['seconds']:9.2f} s {100*r['accuracy']:7.2f} %")
+    with TemporaryDirectory() as tmp:
+        found = rows(a.airbench, data_for(a.data, tmp), a.device, a.runs, a.backend, epochs=a.epochs, bs=a.bs)
+        res = collect('beside_airbench', found, a.device, a.json)
+    res['ratios'] = times_airbench(res['rows'])
     for name,x in res['ratios'].items(): print(f'{name}: {x:.2f}')
     keep(res, a.json)
 

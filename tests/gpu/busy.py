@@ -11,7 +11,7 @@ import torch
 from torch.profiler import profile, ProfilerActivity
 
 from cifar_cam import optimizers
-from shared import BEST, data_for, keep, learner, machine, options, StopAt, synchronize
+from shared import BEST, collect, data_for, learner, options, StopAt, synchronize
 
 RUNS = {'davidnet': dict(name='davidnet'), 'speedrun, 32 pixels': dict(name='speedrun', resize=''), 'speedrun, 20 pixels': dict(name='speedrun', resize='20')}
 WAYS = 'as it is', 'no choice by speed', 'not fused', 'float32'
@@ -49,16 +49,12 @@ def row(run, way, data, device, steps, changes):
     return dict(run=run, way=way, ms_per_step=1000*took, kernels_per_step=len(kernels)/steps, busy_share=busy/took)
 
 
-def measure(data, device, steps=20, **changes):
-    rows = [row(run, way, data, device, steps, changes) for run in RUNS for way in WAYS]
-    return dict(benchmark='busy', steps=steps, **machine(device), rows=rows, ratios={})
-
-
 def main():
     a = options(__doc__, data='cifar10', device=BEST, steps=20, bs=0).parse_args()
-    with TemporaryDirectory() as tmp: res = measure(data_for(a.data, tmp), a.device, a.steps, **(dict(bs=a.bs) if a.bs else {}))
-    for r in res['rows']: print(f"{r['run']:22}{r['way']:22}{r['ms_per_step']:9.2f} ms {r['kernels_per_step']:7.0f} kernels {100*r['busy_share']:6.1f} % busy")
-    keep(res, a.json)
+    changes = dict(bs=a.bs) if a.bs else {}
+    with TemporaryDirectory() as tmp:
+        data = data_for(a.data, tmp)
+        collect('busy', (row(run, way, data, a.device, a.steps, changes) for run in RUNS for way in WAYS), a.device, a.json, steps=a.steps)
 
 
 if __name__ == '__main__': main()

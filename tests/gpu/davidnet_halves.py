@@ -2,11 +2,11 @@
 from tempfile import TemporaryDirectory
 
 from cifar_cam.all import evaluate_learner, find_recipe, fit_recipe
-from shared import BEST, data_for, keep, learner, machine, options, seconds, StopAt
+from shared import BEST, collect, data_for, learner, options, seconds, StopAt
 
 
-def measure(data, device, epochs=24, precisions=('bfloat16', 'float16'), **changes):
-    rows,r = [],find_recipe('davidnet', lr=.4, lr_min=.02, epochs=epochs, **changes)
+def rows(data, device, epochs=24, precisions=('bfloat16', 'float16'), **changes):
+    r = find_recipe('davidnet', lr=.4, lr_min=.02, epochs=epochs, **changes)
     for precision in precisions:
         how = dict(precision=precision, lr=r.lr, lr_min=r.lr_min, epochs=epochs, **changes)
         warm = learner('davidnet', data, device, [StopAt(10)], **how)
@@ -15,15 +15,12 @@ def measure(data, device, epochs=24, precisions=('bfloat16', 'float16'), **chang
         def train():
             with learn.no_bar(), learn.no_logging(): fit_recipe(learn, r, (r.lr_min, r.lr))
         took = seconds(train, device)
-        rows.append(dict(run=precision, seconds=took, skipped=learn.half_precision.skipped, accuracy=evaluate_learner(learn, learn.dls[-1])['accuracy']))
-    return dict(benchmark='davidnet_halves', epochs=epochs, **machine(device), rows=rows, ratios={})
+        yield dict(run=precision, seconds=took, skipped=learn.half_precision.skipped, accuracy=evaluate_learner(learn, learn.dls[-1])['accuracy'])
 
 
 def main():
     a = options(__doc__, data='cifar10', device=BEST, epochs=24, bs=512).parse_args()
-    with TemporaryDirectory() as tmp: res = measure(data_for(a.data, tmp), a.device, a.epochs, bs=a.bs)
-    for r in res['rows']: print(f"{r['run']:10}{r['seconds']:9.1f} s {100*r['accuracy']:7.2f} %  {r['skipped']} steps left out")
-    keep(res, a.json)
+    with TemporaryDirectory() as tmp: collect('davidnet_halves', rows(data_for(a.data, tmp), a.device, a.epochs, bs=a.bs), a.device, a.json, epochs=a.epochs)
 
 
 if __name__ == '__main__': main()

@@ -4,10 +4,10 @@ Steps 2 to 5 of every recipe run under CUDA's own check, which raises at whateve
 from tempfile import TemporaryDirectory
 
 import torch
-from fastai.vision.all import Callback, CancelFitException
+from fastai.vision.all import Callback
 
 from cifar_cam.all import CamInterpretation, cam_maps, evaluate_learner, METHODS, RECIPES
-from shared import BEST, data_for, keep, learner, machine, options, StopAt
+from shared import BEST, collect, data_for, learner, options, StopAt
 
 
 class Strict(Callback):
@@ -28,26 +28,23 @@ def attempt(f):
         if torch.cuda.is_available(): torch.cuda.set_sync_debug_mode('default')
 
 
-def measure(data, device, bs=None):
-    rows,changes = [],dict(bs=bs) if bs else {}
+def rows(data, device, bs=None):
+    changes = dict(bs=bs) if bs else {}
     def steps(name):
         learn = learner(name, data, device, [Strict(device), StopAt(6)], **changes)
         with learn.no_logging(): learn.fit(1, .01)
-    rows += [dict(run=f'steps of {name}', **attempt(lambda: steps(name))) for name in RECIPES]
+    for name in RECIPES: yield dict(run=f'steps of {name}', **attempt(lambda: steps(name)))
     learn = learner('davidnet', data, device, [StopAt(6)], **changes)
     with learn.no_logging(): learn.fit(1, .01)
-    rows.append(dict(run='evaluation', **attempt(lambda: evaluate_learner(learn, learn.dls[-1])['accuracy'])))
-    rows.append(dict(run='gallery', **attempt(lambda: CamInterpretation.from_learner(learn).plot_cams(2, 'correct') and None)))
+    yield dict(run='evaluation', **attempt(lambda: evaluate_learner(learn, learn.dls[-1])['accuracy']))
+    yield dict(run='gallery', **attempt(lambda: CamInterpretation.from_learner(learn).plot_cams(2, 'correct') and None))
     x = learn.dls.one_batch()[0][:2]
-    rows += [dict(run=f'cam {m}', **attempt(lambda: list(cam_maps(learn.model, x, m).maps.shape))) for m in METHODS]
-    return dict(benchmark='no_waits', **machine(device), rows=rows, ratios={})
+    for m in METHODS: yield dict(run=f'cam {m}', **attempt(lambda: list(cam_maps(learn.model, x, m).maps.shape)))
 
 
 def main():
     a = options(__doc__, data='few', device=BEST, bs=0).parse_args()
-    with TemporaryDirectory() as tmp: res = measure(data_for(a.data, tmp), a.device, a.bs)
-    for r in res['rows']: print(f"{'ok ' if r['ok'] else 'NO '} {r['run']:32}{r.get('error', '')}")
-    keep(res, a.json)
+    with TemporaryDirectory() as tmp: collect('no_waits', rows(data_for(a.data, tmp), a.device, a.bs), a.device, a.json)
 
 
 if __name__ == '__main__': main()

@@ -4,7 +4,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from cifar_cam.all import deterministic_algorithms, InputError
-from shared import BEST, data_for, keep, learner, machine, options, seconds, StopAt
+from shared import BEST, collect, data_for, learner, options, seconds, StopAt
 
 
 def weights(name, data, device, steps, **changes):
@@ -37,16 +37,16 @@ def out_of_memory(data, device):
     finally: torch.cuda.set_per_process_memory_fraction(1.)
 
 
-def measure(data, device, steps=50, **changes):
-    rows = [twice(name, on, data, device, steps, **changes) for name in ('davidnet', 'speedrun') for on in (False, True)]
-    return dict(benchmark='repeats', steps=steps, **machine(device), rows=[*rows, out_of_memory(data, device)], ratios={})
+def rows(data, device, steps=50, **changes):
+    for name in 'davidnet', 'speedrun':
+        for on in False, True: yield twice(name, on, data, device, steps, **changes)
+    yield out_of_memory(data, device)
 
 
 def main():
     a = options(__doc__, data='cifar10', device=BEST, steps=50, bs=0).parse_args()
-    with TemporaryDirectory() as tmp: res = measure(data_for(a.data, tmp), a.device, a.steps, **(dict(bs=a.bs) if a.bs else {}))
-    for r in res['rows']: print(r)
-    keep(res, a.json)
+    changes = dict(bs=a.bs) if a.bs else {}
+    with TemporaryDirectory() as tmp: collect('repeats', rows(data_for(a.data, tmp), a.device, a.steps, **changes), a.device, a.json, steps=a.steps)
 
 
 if __name__ == '__main__': main()

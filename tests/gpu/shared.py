@@ -1,5 +1,5 @@
 "What the scripts share: options, a training of a few steps, the machine. They run on a CPU too, with few images: that shows that they work, its numbers mean nothing."
-import sys
+import json, sys
 from functools import cache
 from pathlib import Path
 
@@ -10,12 +10,22 @@ from fastai.vision.all import Callback, CancelFitException
 from cifar_cam.all import change_recipe, data_path, find_recipe, recipe_dls, recipe_learner, shapes_path
 from turns import BEST, keep, machine, options, seconds
 
-__all__ = ['BEST', 'data_for', 'keep', 'learner', 'machine', 'options', 'seconds', 'StopAt', 'synchronize']
+__all__ = ['BEST', 'collect', 'data_for', 'learner', 'loaders', 'options', 'seconds', 'StopAt', 'synchronize']
 
 
 def data_for(data, folder):
     "The images called `data`; 'few': three hundred drawn ones"
     return shapes_path(Path(folder)/'few', n_train=300, n_test=100) if data == 'few' else data_path(data)
+
+
+def collect(benchmark, rows, device, path=None, **about):
+    "Print each row, and write all of them to `path` as soon as there is a new one: what is cut off keeps what it has measured"
+    res = dict(benchmark=benchmark, **machine(device), **about, rows=[], ratios={})
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        res['rows'].append(row)
+        keep(res, path)
+    return res
 
 
 def synchronize(device):
