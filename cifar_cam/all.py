@@ -42,6 +42,7 @@ from cifar_cam.history import *
 from cifar_cam.run import *
 from cifar_cam.summary import *
 from cifar_cam.charts import *
+from cifar_cam.network import *
 from cifar_cam.report import *
 from cifar_cam.experiment import *
 from cifar_cam.share import *

@@ -10,6 +10,7 @@ __all__ = ['plot_curves', 'draw_run', 'train_run', 'run_recipe', 'run_or_resume'
 import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,8 @@ from .parallel import from_all, from_first, join_processes, leave_processes, one
 from .recipe import AS_PUBLISHED, change_recipe, find_recipe, Recipe
 from .run import (check_parts, environment, fit_run, folder_for, load_run, new_run_folder, read_record,
                            recipe_from_record, Run, says_how_to_resume)
+from .summary import write_class_report
+from .network import write_network
 from .report import write_report
 
 # %% ../nbs/21_experiment.ipynb #c9e1f709
@@ -98,21 +101,38 @@ def plot_curves(
     return fig
 
 # %% ../nbs/21_experiment.ipynb #1d6460c8
+def _galleries(interp):
+    "(name, what draws it, with maps?) of each gallery of a run folder"
+    yield 'top_losses',partial(interp.plot_top_losses, 10),True
+    for which in 'correct','misclassified':
+        yield which,partial(interp.plot_images, 20, which),False
+        yield f'{which}_by_class',partial(interp.plot_class_images, which),False
+        yield f'{which}_by_class_cams',partial(interp.plot_class_cams, which),True
+    yield 'cams',partial(interp.plot_cams, 10, 'misclassified'),True
+
+def _why_no_maps(interp):
+    "Why the network has no maps; '' where it has"
+    try: interp.cams([0])
+    except InputError as e: return str(e)
+    return ''
+
 def draw_run(
     run:Run, # a finished run
 ):
-    "Draw the figures of `run` into its folder: curves, confusion matrix, class accuracy, galleries, CAMs"
+    """Draw the figures of `run` into its folder: curves, network, confusion matrix, class accuracy, galleries, CAMs;
+    and write its layers and its classification report"""
     r,interp = run.recipe,run.interp
     title = f"{r.name}: {100*run.metrics['accuracy']:.2f} % on test, epoch {len(run.history)}; {run.chosen_on}"
     run.save_figure(plot_curves(run.history, run.published, title), 'curves')
     if r.schedule=='triangle':
         run.save_figure(plot_triangle(r.epochs, *run.lrs, peak=r.pct_start*r.epochs).figure, 'schedule')
+    write_network(run)
+    write_class_report(run)
     run.save_figure(interp.plot_confusion_matrix(), 'confusion_matrix')
     run.save_figure(interp.plot_per_class_accuracy(), 'class_accuracy')
-    run.save_figure(interp.plot_top_losses(10, heatmap=True), 'top_losses')
-    run.save_figure(interp.plot_images(20, 'correct'), 'correct')
-    run.save_figure(interp.plot_images(20, 'misclassified'), 'misclassified')
-    run.save_figure(interp.plot_cams(10, 'misclassified'), 'cams')
+    if none := _why_no_maps(interp): print(f'galleries with maps: not drawn: {none}')
+    for name,draw,maps in _galleries(interp):
+        if not (maps and none): run.save_figure(draw(), name)
 
 # %% ../nbs/21_experiment.ipynb #21trainr
 @says_how_to_resume

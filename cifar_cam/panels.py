@@ -120,9 +120,16 @@ def short_number(
     return text
 
 # %% ../nbs/13_panels.ipynb #5bba8178
+def _texts(fig):
+    "Every text of a figure. Panels without axes are not asked for their ticks, which asking would make"
+    for part in fig.get_children():
+        bare = isinstance(part, Axes) and not part.axison
+        parts = [o for o in part.get_children() if o not in (part.xaxis, part.yaxis)] if bare else [part]
+        for o in parts: yield from o.findobj(Text)
+
 class _ShownOnce(Figure):
     def draw(self, renderer):
-        for text in self.findobj(Text):
+        for text in _texts(self):
             text.set_parse_math(False) # a class may be called $5
             if not text.get_text().isascii():
                 text.set_text(drawable(text.get_text()))

@@ -30,7 +30,8 @@ from .triage import read_triage, triage_summary, VERDICTS
 from .recipe import chooses, RECIPES
 from .run import load_run, Run
 from .charts import chart_dots, chart_panel, chart_place, curve_chart, epoch_span, page_chart
-from .summary import class_table, paired_difference, reliability, run_command
+from .summary import (class_report, class_table, paired_difference, read_class_report, reliability,
+                               run_command)
 
 # %% ../nbs/20_report.ipynb #4c0e8960
 # where nothing is held out, test is what is validated on
@@ -187,10 +188,10 @@ def _render(template, path, data, **values):
     return path
 
 # %% ../nbs/20_report.ipynb #e4a96500
-def _table(name, frame, digits=4):
+def _table(name, frame, form='.4g'):
     "A data frame as a table of the page"
     def show(v):
-        if isinstance(v, float): return '–' if v!=v else f'{v:.{digits}g}'
+        if isinstance(v, float): return '–' if v!=v else f'{v:{form}}'
         return f'{v:,}' if isinstance(v, (int, np.integer)) else str(v)
     return dict(name=name, columns=[str(c).replace('_', ' ') for c in frame],
                 rows=[[show(v) for v in row] for row in frame.itertuples(index=False)])
@@ -325,7 +326,7 @@ def write_report(
         parameters=count_parameters(run.model), settings=_settings(run.recipe), built_in=run.recipe.name in RECIPES,
         curves=_run_curves(run, selected), history=_table('Epochs', run.history),
         calibration=_calibration_chart(bins, selected), bins=_table('Bins of confidence', bins), shown=len(idxs),
-        no_maps=no_maps,
+        report=_table('Classification report', class_report(interp), '.3f'), no_maps=no_maps,
         scorecard=_scorecard(run.path/'score.json'), command=command, toml=toml, **_counts(run))
 
 # %% ../nbs/20_report.ipynb #c63bccd2
@@ -380,18 +381,19 @@ def _one_size(maps):
 
 # %% ../nbs/20_report.ipynb #467973bb
 def _compared_gallery(runs, labels, images, budget):
-    "(data of the page, hits R×N). Only the first run reads the images; the others look at the same"
+    "(data of the page, hits R×N, reports). Only the first run reads the images; the others look at the same"
     others = [copy(o) for o in runs[1:]]
     for o in others: o.dls = runs[0].dls
     interps = [o.interp for o in (runs[0], *others)]
     first,hits = interps[0],np.stack([(o.preds==o.targs).numpy() for o in interps])
     crossed = _crossed(hits, first.targs.numpy(), len(first.vocab))
     idxs = _disagreements(hits, _n_images(first, images, budget))
-    if not idxs: return _page_data(first, runs=labels, crossed=crossed),hits
+    reports = [class_report(o) for o in interps]
+    if not idxs: return _page_data(first, runs=labels, crossed=crossed),hits,reports
     maps,_ = _maps_or_reason(interps, idxs, ['predicted'])
     maps = _one_size(maps) if maps else ()
     shown = [dict(o, **_said(interps, o['i'])) for o in _images(first, idxs, maps)]
-    return _page_data(first, runs=labels, crossed=crossed, images=shown, map_size=_map_size(maps)),hits
+    return _page_data(first, runs=labels, crossed=crossed, images=shown, map_size=_map_size(maps)),hits,reports
 
 # %% ../nbs/20_report.ipynb #a9d78e82
 def compare_runs(
@@ -405,14 +407,17 @@ def compare_runs(
         raise InputError(f'{len(runs)} run: name at least two to compare')
     runs = [_as_run(o) for o in runs]
     labels,same = _labels(runs),_same_images(runs)
-    if same: page,hits = _compared_gallery(runs, labels, images, budget)
-    else: page,hits = dict(images=[], runs=labels),np.empty((len(runs), 0), bool)  # no image is common to all
+    if same: page,hits,reports = _compared_gallery(runs, labels, images, budget)
+    else: # no image is common to all
+        page,hits = dict(images=[], runs=labels),np.empty((len(runs), 0), bool)
+        reports = [read_class_report(o.path) for o in runs]
     differences = _differences(hits) if same else [None]*len(runs)
     path = Path(path or runs[0].path.parent/f'comparison-{time.strftime("%Y%m%d-%H%M%S")}.html')
     return _render('compare.html', path, page, same=same, runs=list(zip(runs, labels, map(_selected, runs),
                                                                         differences)),
         curves=_compared_curves(runs, labels), history=_compared_history(runs, labels),
         settings=_compared_settings(runs, labels), labels=labels,
+        reports=[_table(label, t, '.3f') for label,t in zip(labels, reports) if t is not None],
         crossed=[[sum(c) for c in row] for row in page.get('crossed', [])], shown=len(page['images']),
         map_size=page.get('map_size'),
         vocab=page.get('classes', []), images=hits.shape[1], disagreed=int((hits.any(0) & ~hits.all(0)).sum()))

@@ -20,7 +20,8 @@ from .evaluate import evaluate_learner, image_format, load_weights, save_weights
 from .run import load_run, Run
 
 # %% ../nbs/22_share.ipynb #2443dd6d
-SHARED = ['*.json', 'history.csv', 'weights.safetensors', 'figures/*.png', 'report.html', 'README.md']
+SHARED = ['*.json', 'history.csv', 'classification_report.csv', 'layers.txt', 'weights.safetensors', 'figures/*.png',
+          'report.html', 'README.md']
 
 def model_card(
     run:Run, # a finished run

@@ -133,6 +133,7 @@ def check_whole(path):
             case '.safetensors': load_file(f)
             case '.png': Image.open(f).load()
             case '.html': assert f.read_text().rstrip().endswith('</html>')
+            case '.txt': assert f.read_text(encoding='utf-8').endswith('=\n')
             case _: raise AssertionError(f'{f.name}: what is this?')
 
 
@@ -142,7 +143,7 @@ def names(path): return {f.relative_to(path).as_posix() for f in path.rglob('*')
 def check_same(run, whole):
     "The same files, and the same numbers to the last bit; only seconds, and the folder's name in the report, may differ"
     assert names(run.path) == names(whole.path)
-    for f in 'recipe.json', 'lrs.json', 'metrics.json', 'weights.safetensors', 'best.safetensors', *(f'figures/{p.name}' for p in whole.path.glob('figures/*.png')):
+    for f in 'recipe.json', 'lrs.json', 'metrics.json', 'weights.safetensors', 'best.safetensors', 'layers.txt', 'classification_report.csv', *(f'figures/{p.name}' for p in whole.path.glob('figures/*.png')):
         assert (run.path/f).read_bytes() == (whole.path/f).read_bytes(), f
     rows = lambda o: [line.rsplit(',', 2)[0] for line in (o.path/'history.csv').read_text().splitlines()]
     assert rows(run) == rows(whole)
