@@ -50,7 +50,8 @@ def _curves(history, published):
                    (0, h.epoch, 100*h[test], 'C1', '-', 'test')]
 
 def _draw_curve(ax, x, y, c, ls, label=None):
-    ax.plot(x, y, c=c, ls=ls, lw=1.8 if c[0]=='C' and ls=='-' else 1.2, label=label)
+    dot = 'o' if len(x)==1 else None  # one epoch has no line
+    ax.plot(x, y, c=c, ls=ls, lw=1.8 if c[0]=='C' and ls=='-' else 1.2, marker=dot, label=label)
 
 def _label_ends(ax, ends):
     "Names at the right ends of curves, moved apart where they would touch"
@@ -87,14 +88,14 @@ def plot_curves(
         ends[i].append((*shown[-1], label, c))
     test = rows[-1][2]
     best = test.idxmax()
-    axs[0].set(ylabel='accuracy, %', xlim=(min(1, n - .5), n))
+    axs[0].set(ylabel='accuracy, %', xlim=(1, n) if n > 1 else (.5, 1.5))
     axs[0].set_title(f'test: {test.iloc[-1]:.2f} % at the end, best {test[best]:.2f} % after epoch '
                      f'{history.epoch[best]}', fontsize=9, loc='left')
     axs[1].set(ylabel='loss')
-    axs[2].step(history.epoch, history.lr, where='mid', c='0.3')
+    axs[2].step(history.epoch, history.lr, where='mid', c='0.3', marker='o' if n==1 else None)
     axs[2].set(ylabel='rate', xlabel='epoch', ylim=(0, None))
     for ax in axs: ax.grid(alpha=.3)
-    axs[2].xaxis.get_major_locator().set_params(integer=True)
+    axs[2].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     _inset(axs[0], rows, n)
     for ax,e in zip(axs, ends): _label_ends(ax, e)
     fig.suptitle(title, parse_math=False)
