@@ -1,5 +1,5 @@
 "Data sets that several tests share. Everything is drawn in a temporary folder; nothing of the user's is touched."
-import multiprocessing, os, shutil, subprocess
+import json, multiprocessing, os, shutil, subprocess
 from collections import OrderedDict
 from pathlib import Path
 
@@ -9,6 +9,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import matplotlib
 import numpy as np
 import pytest
+from filelock import FileLock # PyTorch needs it too
 from PIL import Image
 
 matplotlib.use('Agg')
@@ -54,6 +55,18 @@ def colours(tmp_path_factory):
                 noisy = (rgb + rng.normal(0, 25, (32, 32, 3))).clip(0, 255).astype('uint8')
                 Image.fromarray(noisy).save(root/split/name/f'{i}.png')
     return root
+
+
+@pytest.fixture(scope='session')
+def once(tmp_path_factory, worker_id):
+    "`once(name, make)`: what `make()` gives, as JSON keeps it; of several test processes the first one makes it, and the others wait"
+    base = tmp_path_factory.getbasetemp()
+    base = base if worker_id=='master' else base.parent
+    def get(name, make):
+        with FileLock(base/f'{name}.lock'):
+            if not (base/f'{name}.json').exists(): (base/f'{name}.json').write_text(json.dumps(make()))
+            return json.loads((base/f'{name}.json').read_text())
+    return get
 
 
 @pytest.fixture

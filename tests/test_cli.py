@@ -24,6 +24,7 @@ def shell(*words, **env):
                           env=dict(os.environ, PYTHONPATH=str(Path(cli.__file__).parents[1]), **env))
 
 
+@pytest.mark.slow
 def test_a_shell_without_unicode_or_without_output():
     done = shell('recipes', PYTHONIOENCODING='latin-1', PYTHONUTF8='0')
     assert done.returncode == 0 and 'davidnet' in done.stdout and '\\u2014' in done.stdout

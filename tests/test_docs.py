@@ -186,6 +186,7 @@ def test_recipes_of_the_how_to_are_recipes(tmp_path):
     assert len(blocks)==2
 
 
+@pytest.mark.slow
 def test_the_network_of_the_how_to_trains_and_shows_its_maps(shapes, tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
     from cifar_cam import models

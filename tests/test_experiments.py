@@ -34,11 +34,11 @@ def test_an_experiment_opens_in_colab_and_installs_only_when_needed(notebook):
     assert code(notebook)[0]==code(ROOT/'nbs'/'000_tour.ipynb')[0] and f"'git+https://github.com/{repository}'" in code(notebook)[0]
 
 
-@pytest.mark.parametrize('notebook', [pytest.param(o, marks=() if o.stem in ('davidnet', 'resnet18-plateau') else pytest.mark.slow) for o in NOTEBOOKS], ids=lambda p: p.stem)
+@pytest.mark.parametrize('notebook', [pytest.param(o, marks=() if o.stem=='davidnet' else pytest.mark.slow) for o in NOTEBOOKS], ids=lambda p: p.stem)
 def test_an_experiment_runs_on_drawn_images_by_one_changed_line(notebook, narrow, tmp_path, tmp_path_factory, monkeypatch):
     if notebook.stem=='resnet18-onecycle': pytest.importorskip('tensorboard')
     home = tmp_path_factory.getbasetemp()/'fastai'
-    monkeypatch.setattr(images, 'shapes_path', lambda: shapes_path(home, n_train=600, n_test=100))
+    monkeypatch.setattr(images, 'shapes_path', lambda: shapes_path(home, n_train=300, n_test=100))
     for arch in 'resnet18', 'davidnet': monkeypatch.setitem(MODELS, arch, narrow)
     monkeypatch.chdir(tmp_path)
     cells,names = code(notebook),{}

@@ -23,6 +23,7 @@ def pretend_installed(site, **versions):
         (info/'RECORD').write_text('')
 
 
+@pytest.mark.slow
 def test_installing_the_wheel_changes_neither_torch_nor_torchvision(wheel, tmp_path):
     subprocess.run([sys.executable, '-m', 'venv', tmp_path/'venv'], check=True)
     python = tmp_path/'venv'/'bin'/'python'

@@ -85,10 +85,12 @@ def check(what, found, warm):
 def few(tmp_path): return shapes_path(tmp_path, n_train=100, n_test=20)
 
 
+@pytest.mark.slow
 def test_a_training_leaves_nothing_behind(fork, few, tmp_path):
     check('trainings', readings(fork, trainings, (few, tmp_path/'runs'), 3), 1)
 
 
+@pytest.mark.slow
 def test_a_map_leaves_nothing_behind(fork):
     check('CAM calls', readings(fork, cams, (), 3*len(METHODS)), len(METHODS))
 

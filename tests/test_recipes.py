@@ -165,7 +165,7 @@ def test_the_learning_rate_moves_as_the_recipe_says(shapes, tmp_path, schedule, 
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_every_recipe_runs_end_to_end(tmp_path, narrow, monkeypatch, name, drawn):
-    monkeypatch.setitem(MODELS, 'resnet18', narrow)   # davidnet is small enough as it is
+    for arch in 'resnet18', 'davidnet': monkeypatch.setitem(MODELS, arch, narrow)
     few = shapes_path(tmp_path, n_train=120, n_test=100)
     run = run_recipe(name, few, tmp_path, epochs=1, bs=8)   # small batches: the LR finder takes a hundred of them
     assert all((run.path/f).stat().st_size for f in FILES) and run.path.parent == tmp_path and run.path.name.startswith(name)
@@ -311,7 +311,8 @@ def test_the_best_epoch_is_kept(shapes, tmp_path, monkeypatch):
     assert (held[0].argmax(1) == held[1]).float().mean().item() == pytest.approx(run.history.valid_accuracy.max(), abs=1e-6)
 
 
-@pytest.mark.parametrize('last', [pytest.param(0, marks=pytest.mark.slow), 2])   # before and after the whitening's bias is frozen
+@pytest.mark.slow
+@pytest.mark.parametrize('last', [0, 2])   # before and after the whitening's bias is frozen
 def test_a_speed_run_goes_on_to_the_same_numbers(shapes, tmp_path, monkeypatch, last):
     class Dead(BaseException): pass
     r,save = change_recipe(RECIPES['speedrun'], epochs=4, bs=60, lr=.05, resize='16,16,32,32'),Checkpoint.after_epoch

@@ -10,11 +10,14 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope='module')
-def found(tmp_path_factory):
+def found(tmp_path_factory, once):
     "name → what each check of `second_device_checks.py` found"
     try: from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # noqa: F401
     except ImportError: pytest.skip('this PyTorch lacks the private interface for devices in Python (2.14 has it)')
-    folder = tmp_path_factory.mktemp('second-device')
+    return once('second-device', lambda: _found(tmp_path_factory.mktemp('second-device')))
+
+
+def _found(folder):
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get('PYTHONPATH', '')]), OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, HERE/'second_device_checks.py', folder], env=env, text=True, capture_output=True)
     lines = [l.partition('CHECK ')[2] for l in done.stdout.splitlines() if 'CHECK ' in l]
