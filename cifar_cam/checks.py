@@ -140,16 +140,25 @@ def check_disk(
     out:str|Path='.', # where runs would be written
 ) -> list: # of findings
     "Room and leave to write where runs and fastai's data go, and how much the cache of decoded images holds"
+    return [_room('runs', Path(out)), *_or_problem('disk for data', _data_disk)]
+
+def _data_disk():
     cache = data_home()/'cifar_cam-cache'
     files = [f for f in cache.glob('*') if f.is_file()] if cache.is_dir() else []
     size = sum(f.stat().st_size for f in files)/1e6
-    found = [finding('cache', f'{_at(cache)}: {len(files)} sets, {size:.0f} MB' if files else f'{_at(cache)}: empty')]
-    for name,place in dict(runs=Path(out), data=data_home()).items():
-        there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-        free = shutil.disk_usage(there).free/1e9
-        problem = _cannot_write(there) or 'less than 1 GB: make room, or name another place'*(free < 1)
-        found.append(finding(f'disk for {name}', f'{_at(place)}: {free:,.0f} GB free', problem))
-    return found
+    held = f'{len(files)} sets, {size:.0f} MB' if files else 'empty'
+    return [finding('cache', f'{_at(cache)}: {held}'), _room('data', data_home())]
+
+def _room(name, place):
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free/1e9
+    problem = _cannot_write(there) or 'less than 1 GB: make room, or name another place'*(free < 1)
+    return finding(f'disk for {name}', f'{_at(place)}: {free:,.0f} GB free', problem)
+
+def _or_problem(name, check, *args):
+    "What `check` finds; an error is a finding too, so that the other checks go on"
+    try: return check(*args)
+    except InputError as e: return [finding(name, 'cannot be looked at', str(e))]
 
 def _cannot_write(folder):
     try:
@@ -218,7 +227,7 @@ def check_setup(
 ) -> pd.DataFrame: # a row for each check: check, found, problem
     "Check everything that a training needs; print each finding, and a line for each problem"
     device = pick_device(device)
-    found = check_versions() + check_device(device) + check_data(data) + check_disk(out)
+    found = check_versions() + check_device(device) + _or_problem('data', check_data, data) + check_disk(out)
     if seconds > 0:
         found += check_speed(device, seconds)
     for f in found:

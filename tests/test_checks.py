@@ -111,3 +111,12 @@ def test_it_prints_every_check_and_what_is_wrong_last(few, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == 'nothing is wrong'
     with pytest.raises(InputError, match='data'): checks_command('nowhere', str(tmp_path), 'cpu', seconds=0)
     assert capsys.readouterr().out.splitlines()[-1].startswith('WRONG: data')
+
+
+def test_a_home_that_cannot_be_written_is_a_finding_and_the_other_checks_go_on(monkeypatch, tmp_path, capsys):
+    def refuse(): raise InputError('/home/x: cannot be written (Permission denied); set FASTAI_HOME to a folder that can')
+    monkeypatch.setattr('cifar_cam.checks.data_home', refuse)
+    table = check_setup(out=tmp_path, seconds=0).set_index('check')
+    assert {'data', 'disk for data'} == set(table.index[table.problem.str.contains('FASTAI_HOME')])
+    assert 'GB free' in table.found['disk for runs'] and 'device' in table.index
+    assert capsys.readouterr().out.count('WRONG: ') >= 2
