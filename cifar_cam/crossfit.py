@@ -82,7 +82,7 @@ def crossfit(
     out:str|Path='runs', # the folder that gets the folder of the folds
     seed:int=0, # which image is in which fold, and of the trainings
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
-    **changes, # fields of the recipe that shall differ
+    **changes, # settings of the recipe to change
 ) -> Path: # a folder with a file for each fold, triage.csv and triage.json
     "Train a network for each fold and triage the training images. Raises InputError before anything is written"
     r = change_recipe(recipe, **changes) if isinstance(recipe, Recipe) else find_recipe(recipe, **changes)

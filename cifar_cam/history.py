@@ -38,8 +38,8 @@ def read_history(
 
 # %% ../nbs/18c_history.ipynb #64a3f7ec
 class History(Callback):
-    """Write a row of `path` after each epoch: learning rate, losses, accuracies, seconds of its training and of all
-    of it"""
+    """Write a row of `path` after each epoch: learning rate, losses, accuracies, seconds for the training alone and
+    for the whole epoch"""
     order = 68  # after the recorder and what watches it, before the checkpoint: a checkpoint's epoch has its row
     def __init__(self,
         path:Path, # the .csv file

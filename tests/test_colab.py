@@ -150,7 +150,8 @@ def test_the_versions_of_colab_are_older_than_what_the_package_asks_for_or_fit()
 
 RECIPE = dict(arch='tiny', epochs=4, bs=10, lr=.0005, schedule='plateau', patience=1, keep_best=True)
 READ = {'.json': json.loads, '.csv': lambda b: pd.read_csv(io.BytesIO(b)), '.pt': lambda b: torch.load(io.BytesIO(b), weights_only=True),
-        '.safetensors': load, '.png': lambda b: Image.open(io.BytesIO(b)).load(), '.html': lambda b: b.decode().rstrip().index('</html>')}
+        '.safetensors': load, '.png': lambda b: Image.open(io.BytesIO(b)).load(), '.html': lambda b: b.decode().rstrip().index('</html>'),
+        '.txt': lambda b: b.decode().rindex('Estimated Total Size')} # torchinfo's last line but one
 
 
 def tiny(n_out=10, norm='batch'):

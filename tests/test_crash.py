@@ -173,8 +173,8 @@ def crash(bench, whole, out, kill, *args):
     check_same(run, whole[0])
 
 
-@pytest.mark.parametrize('name, nth, stage', [('checkpoint.pt', 1, 'half'), ('metrics.json', 0, 'before'), *(pytest.param(*o, marks=pytest.mark.slow) for o in
-    [('checkpoint.pt', 2, 'before'), ('misclassified.png', 0, 'half'), ('report.html', 0, 'before')])])
+@pytest.mark.parametrize('name, nth, stage', [('checkpoint.pt', 1, 'half'), *(pytest.param(*o, marks=pytest.mark.slow) for o in
+    [('metrics.json', 0, 'before'), ('checkpoint.pt', 2, 'before'), ('misclassified.png', 0, 'half'), ('report.html', 0, 'before')])])
 def test_a_run_killed_in_a_write_leaves_whole_files_and_goes_on_to_the_same_numbers(bench, whole, tmp_path, name, nth, stage):
     n = [i for i,w in enumerate(whole[1]) if w==name][nth]
     crash(bench, whole, tmp_path, kill_at_write, n, stage)

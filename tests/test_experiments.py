@@ -38,7 +38,7 @@ def test_an_experiment_opens_in_colab_and_installs_only_when_needed(notebook):
 def test_an_experiment_runs_on_drawn_images_by_one_changed_line(notebook, narrow, tmp_path, tmp_path_factory, monkeypatch):
     if notebook.stem=='resnet18-onecycle': pytest.importorskip('tensorboard')
     home = tmp_path_factory.getbasetemp()/'fastai'
-    monkeypatch.setattr(images, 'shapes_path', lambda: shapes_path(home, n_train=300, n_test=100))
+    monkeypatch.setattr(images, 'shapes_path', lambda: shapes_path(home, n_train=600, n_test=100))
     for arch in 'resnet18', 'davidnet': monkeypatch.setitem(MODELS, arch, narrow)
     monkeypatch.chdir(tmp_path)
     cells,names = code(notebook),{}

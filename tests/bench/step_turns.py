@@ -9,7 +9,7 @@ import torch
 
 from turns import keep, machine
 
-BATCHES = {'davidnet': 64, 'speedrun': 250, 'resnet18-onecycle': 32, 'resnet18-plateau': 32, 'resnet18-layernorm': 32}
+BATCHES = {'davidnet': 32, 'speedrun': 250, 'resnet18-onecycle': 16, 'resnet18-plateau': 16, 'resnet18-layernorm': 16}
 
 WORKER = '''
 import os, sys, time, warnings
@@ -52,7 +52,7 @@ class Checkout:
     def end(self): self.process.stdin.close(); self.process.wait()
 
 
-def measure(old, rounds=12, steps=4, recipes=BATCHES):
+def measure(old, rounds=12, steps=2, recipes=BATCHES):
     from cifar_cam.all import shapes_path
     rows,here = [],Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as tmp:
