@@ -43,7 +43,7 @@ class Checkout:
         while self.process.stdout.readline().strip()!='ready':
             if self.process.poll() is not None: sys.exit(f'{folder}: its training does not begin')
     def step(self):
-        self.process.stdin.write('go\\n')
+        self.process.stdin.write('go\n')
         self.process.stdin.flush()
         while True:
             try: return float(line := self.process.stdout.readline())
@@ -72,9 +72,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--old', type=Path, required=True, help='a checkout of another commit')
     p.add_argument('--rounds', type=int, default=12)
+    p.add_argument('--steps', type=int, default=2, help='of a round')
+    p.add_argument('--recipes', nargs='+', choices=BATCHES, default=list(BATCHES))
     p.add_argument('--json', type=Path)
     a = p.parse_args()
-    keep(measure(a.old.resolve(), a.rounds), a.json)
+    keep(measure(a.old.resolve(), a.rounds, a.steps, a.recipes), a.json)
 
 
 if __name__ == '__main__': main()
