@@ -356,6 +356,8 @@ def cifar_learner(
     model = arch
     if pretrained and not isinstance(arch, str):
         raise InputError('pretrained=True is for a network given by name: load its weights, and leave pretrained out')
+    if init!='own' and not isinstance(arch, str):
+        raise InputError(f'init={init!r} is for a network given by name: set its first weights, and leave init out')
     if isinstance(arch, str):
         with keep_random():
             torch.manual_seed(seed)

@@ -29,7 +29,7 @@ from .images import data_path, image_stats
 from .augment import albumentations_augment, AlternatingFlip, cifar_augment, load_albumentations, TTA
 from .loaders import cifar_dls
 from .library import LIBRARIES
-from .models import build_model, count_parameters, MODELS, NORMS
+from .models import build_model, count_parameters, INITS, MODELS, NORMS
 from .optimizers import OPTIMIZERS
 from .precision import Compiled, deterministic_algorithms, PRECISIONS
 from .schedule import find_lrs, Plateau, step_schedule
@@ -88,7 +88,7 @@ class Recipe:
     name: Annotated[str, AfterValidator(_folder_name)] # in run folders and tables
     arch: Annotated[str, one_of(MODELS, also=LIBRARIES)] = 'resnet18' # a key of `MODELS`, 'timm/…', 'torchvision/…'
     norm: Annotated[str, one_of(NORMS)] = 'batch' # normalisation: a key of `NORMS`
-    init: Annotated[str, one_of(('own', 'pytorch'))] = 'own' # first weights of the convolutions: see `build_model`
+    init: Annotated[str, one_of(INITS)] = 'own' # first weights of the convolutions: see `build_model`
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 20 # passes over the training images
     bs: Annotated[int, Field(ge=2, le=65_536)] = 128 # images a batch
     opt: Annotated[str, one_of(OPTIMIZERS)] = 'sgd' # optimizer: a key of `OPTIMIZERS`

@@ -124,12 +124,15 @@ class Plateau(ReduceLROnPlateau):
     ):
         if not 0 < factor < 1:
             raise InputError(f'factor={factor}: choose it between 0 and 1')
+        if warmup < 0:
+            raise InputError(f'warmup={warmup}: choose 0 epochs or more')
         super().__init__(f'valid_{watch}', patience=patience, factor=1/factor, min_lr=min_lr)
         self.warmup = warmup
 
     def before_fit(self):
         super().before_fit()
-        self.top = [h['lr'] for h in self.opt.hypers]  # before a checkpoint brings a lower one
+        # before a checkpoint brings a lower one; `validate` may come before there is an optimizer
+        if self.opt is not None: self.top = [h['lr'] for h in self.opt.hypers]
 
     def before_batch(self):
         if not self.training or self.epoch >= self.warmup: return

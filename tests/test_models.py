@@ -217,3 +217,9 @@ def test_wrong_names_of_libraries_are_one_line_with_the_nearest(monkeypatch):
 def test_weights_for_a_network_of_ones_own_are_refused(shapes):
     with pytest.raises(InputError, match='pretrained=True is for a network given by name'):
         cifar_learner(cifar_dls(shapes, bs=50), torch.nn.Linear(2, 10), pretrained=True)
+
+
+def test_first_weights_that_cannot_be_are_refused_and_not_passed_over(shapes):
+    with pytest.raises(InputError, match='choose one of own, pytorch'): build_model('resnet18', init='PyTorch')
+    with pytest.raises(InputError, match='first weights of its own'): build_model('torchvision/resnet18', init='pytorch')
+    with pytest.raises(InputError, match='set its first weights'): cifar_learner(cifar_dls(shapes), torch.nn.Flatten(), init='pytorch')

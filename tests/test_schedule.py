@@ -120,3 +120,13 @@ def test_an_early_dip_is_not_the_fall():
     losses = 2.3 - 1.0*((lrs.log10() + 3).clamp(0, 2)/2)
     losses[12] = 2.0
     assert suggest_lr_min(lrs, losses, 100)[0] > 1e-3
+
+
+def test_a_plateau_that_warms_up_may_be_a_callback_of_the_learner_and_validate_comes_first(shapes, tmp_path, on_cpu):
+    learn = tiny_learner(shapes, path=tmp_path, cbs=[Plateau(warmup=1)])
+    with learn.no_bar(), learn.no_logging():
+        learn.validate()   # there is no optimizer yet
+        learn.fit(2, .01)
+    n = len(learn.dls.train)
+    assert learn.recorder.lrs[:n] == pytest.approx([.01*(i + 1)/n for i in range(n)])
+    assert learn.recorder.lrs[n:] == pytest.approx([.01]*n)

@@ -5,8 +5,6 @@ import argparse, json, os, subprocess, sys, tempfile
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from turns import keep, machine
 
 BATCHES = {'davidnet': 32, 'speedrun': 250, 'resnet18-onecycle': 16, 'resnet18-plateau': 16, 'resnet18-layernorm': 16}
@@ -14,8 +12,6 @@ BATCHES = {'davidnet': 32, 'speedrun': 250, 'resnet18-onecycle': 16, 'resnet18-p
 WORKER = '''
 import os, sys, time, warnings
 warnings.simplefilter('ignore')
-import torch
-from fastai.vision.all import Callback, CancelFitException
 from cifar_cam.all import find_recipe, recipe_dls, recipe_learner
 name,data,bs,steps = sys.argv[1],sys.argv[2],int(sys.argv[3]),int(sys.argv[4])
 class Timed(Callback):
