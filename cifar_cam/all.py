@@ -21,6 +21,7 @@ from cifar_cam.recorder import *
 from cifar_cam.learner import *
 from cifar_cam.forward import *
 from cifar_cam.layers import *
+from cifar_cam.maps import *
 from cifar_cam.targets import *
 from cifar_cam.attention import *
 from cifar_cam.cam import *

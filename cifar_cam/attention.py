@@ -20,7 +20,9 @@ class _Attentions(TorchDispatchMode):
     "While on, keeps every softmax over as many columns as rows, N×L×L: the mean over its heads"
     def __init__(self, n):
         super().__init__()
-        self.n,self.found,self.odd = n,[],[] # images; matrices; shapes of those not square, or not of the whole image
+        self.n = n # images
+        self.found = [] # matrices
+        self.odd = [] # shapes of those not square, or not of the whole image
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.__name__.split('.')[0] in ('_softmax', '_safe_softmax') and out.ndim > 2: self.keep(out)

@@ -54,7 +54,8 @@ class PadCrop(ImageTransform):
 
     def encodes(self, x:TensorImage):
         x = x.as_subclass(torch.Tensor)  # each operation on one of fastai's types costs three times as much time
-        (h,w),n = x.shape[-2:],2*self.pad + 1  # `n` offsets along a side
+        h,w = x.shape[-2:]
+        n = 2*self.pad + 1  # offsets along a side
         offset = torch.randint(0, n*n, (len(x),), device=x.device).sort().values
         cut = _slices if x.device.type=='cpu' else _windows
         return TensorImage(cut(_padded(x, self.pad, self.mode), offset, n, h, w))
@@ -66,9 +67,12 @@ def _windows(x, offset, n, h, w):
 
 def _slices(x, offset, n, h, w):
     "The same in one copy for each offset, which are sorted: on a CPU that takes less time"
-    out,start = x.new_empty((*x.shape[:2], h, w)),0
+    out = x.new_empty((*x.shape[:2], h, w))
+    start = 0
     for k,count in enumerate(offset.bincount(minlength=n*n).tolist()):
-        i,j,these = k//n,k%n,slice(start, start + count)
+        i = k//n
+        j = k%n
+        these = slice(start, start + count)
         if count: out[these] = x[these, :, i:i+h, j:j+w]
         start += count
     return out
@@ -78,7 +82,8 @@ def _flipped(x, which):
     "The images for which `which` is true, mirrored, and the others"
     x = x.as_subclass(torch.Tensor)
     if x.device.type!='cpu': return TensorImage(torch.where(which[:, None, None, None], x.flip(-1), x))
-    out,which = x.clone(),which.nonzero().flatten()  # on a GPU this would wait for their number
+    out = x.clone()
+    which = which.nonzero().flatten()  # on a GPU this would wait for their number
     out[which] = x[which].flip(-1)
     return TensorImage(out)
 
@@ -112,10 +117,13 @@ class Cutout(ImageTransform):
         super().__init__()
         if size < 1:
             raise InputError(f'Cutout size {size}: the hole needs a side of at least 1 pixel')
-        self.size,self.fill,self._found = size,fill,None
+        self.size = size
+        self.fill = fill
+        self._found = None
 
     def setups(self, dl):
-        self.batch_tfms,self._found = dl.after_batch,None
+        self.batch_tfms = dl.after_batch
+        self._found = None
         self._find()  # a worker process could not ask a GPU
 
     def _find(self):
@@ -130,7 +138,9 @@ class Cutout(ImageTransform):
         return tuple(round(255*float(c)) for c in fill)
 
     def encodes(self, x:PILImage):
-        (w,h),s,x = x.size,self.size,x.copy()
+        w,h = x.size
+        s = self.size
+        x = x.copy()
         left,top = random.randrange(w) - s//2,random.randrange(h) - s//2
         x.paste(self._rgb(), (max(left,0), max(top,0), min(left + s, w), min(top + s, h)))
         return x
@@ -221,7 +231,8 @@ def albumentations_augment(
     import albumentations as A
     steps = [A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size), A.HorizontalFlip(p=0.5),
              A.Affine(translate_percent=(-.0625, .0625), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5)]
-    side,fill = (min(cutout, size),)*2,tuple(round(255*c) for c in mean)
+    side = (min(cutout, size),)*2
+    fill = tuple(round(255*c) for c in mean)
     hole = A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=side, hole_width_range=side, fill=fill,
                            p=0.5) if cutout else None
     return [Albumentations(A.Compose([*steps, hole] if cutout else steps))]

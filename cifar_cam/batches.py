@@ -24,7 +24,8 @@ class _Dtype:
     def __init__(self, code, *_):
         if not re.fullmatch(r'[uifb][1248]', code := _text(code)):
             raise pickle.UnpicklingError(f'an array of {code}')
-        self.code,self.order = code,'='
+        self.code = code
+        self.order = '='
     def __setstate__(self, state): self.order = _text(state[1])
     def read(self, raw): return np.frombuffer(raw, self.order + self.code)
 
@@ -112,7 +113,8 @@ def read_batch(
             raise InputError(f'{path}: {len(data):,} images, but not as many {what}; fetch it again')
     wrong = [i for i,v in enumerate(labels) if not _is_class(v, len(classes))]
     if wrong:
-        i,last = wrong[0],len(classes) - 1
+        i = wrong[0]
+        last = len(classes) - 1
         raise InputError(f'{path}: the label of image {i} is {labels[i]!r}; it must be a number from 0 to {last}')
     return data.reshape(-1, 3, 32, 32), [classes[i] for i in labels], _file_names(files, path)
 
@@ -156,7 +158,12 @@ def stored_png(
 # %% ../nbs/01c_batches.ipynb #45566870
 class _ClassFolders:
     "Writes images as <part>/<class>/<name>; a name that was there before gets its batch before it"
-    def __init__(self, root, source): self.root,self.source,self.folders,self.written = root,source,{},set()
+    def __init__(self, root, source):
+        self.root = root
+        self.source = source
+        self.folders = {}
+        self.written = set()
+
     def write(self, split, label, name, batch, image):
         folder = self.root/split/self._name(label)
         if self.folders.setdefault(folder, label) != label:
@@ -224,7 +231,8 @@ def parquet_files(
 ) -> dict: # 'train', 'valid', 'test' → files
     "The files of each part: by a word of their name, or by their folder. Raises InputError for a missing one"
     found = [path] if path.is_file() else [f for depth in ('', '*/', '*/*/') for f in path.glob(f'{depth}*.parquet')]
-    files,parts = sorted(f for f in found if not is_junk(f.name)),{}
+    files = sorted(f for f in found if not is_junk(f.name))
+    parts = {}
     for f in files:
         parts.setdefault(_split_of(f), []).append(f)
     for some in parts.values():
@@ -240,7 +248,8 @@ def _split_of(file):
 
 def _check_shards(files, total):
     "train-00000-of-00002 needs train-00001-of-00002"
-    begin,there = files[0].stem[:-len(f'{total}-of-{total}')],{f.stem for f in files}
+    begin = files[0].stem[:-len(f'{total}-of-{total}')]
+    there = {f.stem for f in files}
     for i in range(int(total)):
         if (name := f'{begin}{i:0{len(total)}d}-of-{total}') not in there:
             raise InputError(f'{files[0].parent}: {name}.parquet is missing; fetch it, and name the folder')
@@ -283,7 +292,8 @@ def read_parquet(
             schema = file.schema_arrow
             image = _image_column(schema, path)
             label = _label_column(path, labels)
-            names,i = _features(schema).get(label),0
+            names = _features(schema).get(label)
+            i = 0
             for part in file.iter_batches(1000, columns=[image, label]):
                 for row in part.to_pylist():
                     yield _parquet_row(row[image], row[label], names, f'{path}: row {i}', f'{path.stem}_{i:05d}')

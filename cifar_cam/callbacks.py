@@ -27,7 +27,8 @@ def _judges_classes(loss):
 
 class CheckOutputs(Callback):
     "Raises InputError if the numbers of outputs and classes differ, in training and in prediction"
-    order,expected = -6,None
+    order = -6
+    expected = None
     def before_fit(self):
         vocab = getattr(self.dls, 'vocab', None) or ()
         plain = len(vocab) and not isinstance(vocab[0], (list, tuple)) and not hasattr(vocab[0], 'o2i')
@@ -41,7 +42,8 @@ class CheckOutputs(Callback):
 # %% ../nbs/09b_callbacks.ipynb #1420ab62
 class StopOnNaN(Callback):
     "Raises InputError if the loss or a weight is not finite, and names the step and the learning rate"
-    order,run_valid = -5,False
+    order = -5
+    run_valid = False
     def before_train(self): self.losses,self.rates = [],[]  # of an epoch on a GPU
     def after_loss(self):
         loss = self.loss_grad.detach()
@@ -164,7 +166,10 @@ class UpdateRatio(Callback):
     order,run_valid,old = 65,False,None
     def __init__(self,
         every:int=10, # steps between two measurements, each of which copies the weights once
-    ): self.every,self.steps,self.ratios = every,[],{}
+    ):
+        self.every = every
+        self.steps = []
+        self.ratios = {}
 
     def _weights(self): return {n: p.detach() for n,p in self.model.named_parameters() if p.ndim > 1}
 

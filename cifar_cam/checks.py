@@ -39,7 +39,8 @@ def finding(
 def check_versions() -> list:
     "Python, this package, what it needs, and which extras are there"
     python = f'{platform.python_version()} on {platform.system()} {platform.machine()}'
-    found,missing = [finding('python', python), finding('cifar_cam', __version__)],[]
+    found = [finding('python', python), finding('cifar_cam', __version__)]
+    missing = []
     for r in map(Requirement, _requirements()):
         extra = 'extra' in str(r.marker or '')
         if r.marker and not extra and not r.marker.evaluate():
@@ -132,7 +133,8 @@ def _found(path, check):
 
 def _at(path):
     "A path, with ~ for the home folder: what is printed may be sent to others"
-    path,home = Path(path).absolute(),Path.home()
+    path = Path(path).absolute()
+    home = Path.home()
     return Path('~', path.relative_to(home)) if path.is_relative_to(home) else path
 
 # %% ../nbs/27_checks.ipynb #deed1ec5
@@ -187,7 +189,8 @@ def measure_recipe(
     x = torch.randn(bs, 3, _side(r), _side(r), device=device).contiguous(memory_format=layout)
     y = torch.zeros(bs, dtype=torch.long, device=device)
     _train_step(model, opt, x, y, dtype)  # the first one takes longer
-    steps,start = 0,time.perf_counter()
+    steps = 0
+    start = time.perf_counter()
     while not steps or time.perf_counter() - start < seconds:
         _train_step(model, opt, x, y, dtype)
         steps += 1
@@ -210,7 +213,8 @@ def check_speed(
 ) -> list: # of findings
     "The minutes that each recipe would train for, without its validation"
     chosen = [RECIPES[name] for name in recipes or RECIPES]
-    found,each = [],seconds/len(chosen)
+    found = []
+    each = seconds/len(chosen)
     for r in chosen:
         rate = measure_recipe(r, device, each)
         minutes = r.epochs*images/rate/60

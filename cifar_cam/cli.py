@@ -23,8 +23,9 @@ from .core import InputError, save_atomically
 from .parallel import one_process, say_once
 from .photo import explain_image
 from .scorecard import CAM_METHODS, score_run
-from .recipe import find_recipe, pick_lrs, Recipe, recipe_dls, recipe_learner, recipe_modules, recipe_table
-from .comparison import show_recipe
+from .recipe import (AS_PUBLISHED, find_recipe, pick_lrs, Recipe, recipe_dls, recipe_learner,
+                              recipe_modules, recipe_table)
+from .comparison import show_recipe, SOURCES
 from .run import folder_for, load_run
 from .report import compare_runs, write_report
 from .experiment import run_recipe, run_seeds, train_run, train_seeds
@@ -140,8 +141,9 @@ def recipes():
 def show(
     recipe:str, # a recipe's name: see `cifar-cam recipes`
 ):
-    "The settings of an experiment: as published, where the log says it, ours, and why ours differs"
+    "The settings of an experiment: as published, where the log says it, ours, and why ours differs; and its source"
     print(show_recipe(recipe).to_string(index=False))
+    if source := SOURCES.get(recipe.removesuffix(AS_PUBLISHED)): print(f'published: {source}')
 
 def lr_find(
     recipe:str, # a recipe's name or a TOML file

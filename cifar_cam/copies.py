@@ -43,7 +43,8 @@ def thumbnails(
     dl:DataLoader, # a loader of images; see `plain_loader`
 ) -> np.ndarray: # N×3×32×32 uint8
     "All images of `dl` at 32×32 pixels"
-    made,norm = [],next((t for t in dl.after_batch.fs if isinstance(t, Normalize)), None)
+    made = []
+    norm = next((t for t in dl.after_batch.fs if isinstance(t, Normalize)), None)
     with plain_loader(dl) as dl:
         for x,*_ in dl:
             x = (norm.decode(x) if norm else x).float().as_subclass(torch.Tensor).expand(-1, 3, -1, -1)
@@ -73,8 +74,11 @@ def _likeness(a, b):
     "The correlation of pairs in their worst tile, at the best shift; 0 where the fine structure is another, or none"
     if not len(a): return np.zeros(0)
     (a,fine_a),(b,fine_b) = _split(a),_split(b)
-    middle,fine = _same_contrast(a[:, :, 1:-1, 1:-1]),_unit(fine_a[:, :, 1:-1, 1:-1].reshape(len(a), -1))
-    best,worst,same = np.full(len(a), -np.inf),np.zeros(len(a)),np.zeros(len(a))
+    middle = _same_contrast(a[:, :, 1:-1, 1:-1])
+    fine = _unit(fine_a[:, :, 1:-1, 1:-1].reshape(len(a), -1))
+    best = np.full(len(a), -np.inf)
+    worst = np.zeros(len(a))
+    same = np.zeros(len(a))
     for i in range(3):
         for j in range(3):
             apart = ((middle - _same_contrast(b[:, :, i:i+30, j:j+30]))**2).mean(1)/2
@@ -92,8 +96,10 @@ def find_copies(
     k:int=3, # how many of the nearest are compared
 ) -> pd.DataFrame: # image, copy_of, likeness, mirrored
     "Which images are the same picture as one of `among`: shifted by a pixel, mirrored, brighter, or saved again"
-    same,others = among is None,thumbs if among is None else among
-    search,rows = NearestNeighbors(n_neighbors=min(k + same, len(others)), algorithm='brute').fit(_coarse(others)),[]
+    same = among is None
+    others = thumbs if among is None else among
+    search = NearestNeighbors(n_neighbors=min(k + same, len(others)), algorithm='brute').fit(_coarse(others))
+    rows = []
     for mirrored in False, True:
         seen = thumbs[..., ::-1] if mirrored else thumbs
         far,near = search.kneighbors(_coarse(seen))

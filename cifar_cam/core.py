@@ -121,7 +121,9 @@ def check_seed(
 @contextmanager
 def keep_random():
     "On exit, restore the generators of Python, NumPy and PyTorch (CPU, CUDA, MPS) to their states before the block"
-    python,numpy,cpu = random.getstate(),np.random.get_state(),torch.get_rng_state()
+    python = random.getstate()
+    numpy = np.random.get_state()
+    cpu = torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try: yield

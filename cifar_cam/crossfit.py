@@ -141,7 +141,8 @@ def resume_crossfit(
         except InputError as e:
             raise InputError(f'fold {k + 1} of {plan["folds"]}: {e}; finished folds are kept, '
                              f'`cifar-cam crossfit --resume {path}` goes on') from None
-    table,about = triage_table([crossfit_evidence(path)]),dict(folds=plan['folds'], recipe=plan['recipe']['name'])
+    table = triage_table([crossfit_evidence(path)])
+    about = dict(folds=plan['folds'], recipe=plan['recipe']['name'])
     save_triage(table, path, images_of='train', **about)
     return path
 
@@ -181,7 +182,8 @@ def suspects_page(
     return Path(path)
 
 def _data_uri(file):
-    image,packed = open_photo(file),BytesIO()
+    image = open_photo(file)
+    packed = BytesIO()
     image.thumbnail((256, 256))
     image.save(packed, 'png')
     return 'data:image/png;base64,' + base64.b64encode(packed.getvalue()).decode()
@@ -251,6 +253,7 @@ def crossfit_command(
         raise InputError('name a recipe (see `cifar-cam recipes`), or a folder to go on with by --resume')
     changes = {} if epochs is None else dict(epochs=epochs)
     path = resume_crossfit(resume) if resume else crossfit(recipe, data, folds, out, seed, device, **changes)
-    table,root = read_triage(path),data_path(json.loads((path/'crossfit.json').read_text())['data'])
+    table = read_triage(path)
+    root = data_path(json.loads((path/'crossfit.json').read_text())['data'])
     if (table.suggested != table.label).any(): print(suspects_page(table, root, path/'suspects.html', suspects))
     print(path)

@@ -74,7 +74,9 @@ def see_images(
     "One pass of `model` over the images of `dl`. Raises InputError for unknown views"
     if views != 'plain' and views not in TTA:
         raise InputError(f"views={views!r}: choose 'plain' or one of {', '.join(TTA)}")
-    given,rows,was = [],[],model.training
+    given = []
+    rows = []
+    was = model.training
     hook = classifier_of(model).register_forward_pre_hook(lambda _,args: given.append(args[0]))
     try:
         with plain_loader(dl) as dl:
@@ -214,10 +216,12 @@ def evidence(self:CamInterpretation,
     train = self.learn.dls.train
     if self.dl.dataset is train.dataset:
         raise InputError('these are the images that the network was trained on: it has seen their labels; use crossfit')
-    seen,votes = see_images(self.learn.model, self.dl, views),None
+    seen = see_images(self.learn.model, self.dl, views)
+    votes = None
     if neighbours:
         known = see_images(self.learn.model, train, 'plain')
         k = min(100, len(known.targs))
         votes = neighbour_votes(seen.embeddings, known.embeddings, known.targs, len(self.vocab), k)
-    names,classes = item_names(self.dl, self.learn.dls.path),[str(c) for c in self.vocab]
+    names = item_names(self.dl, self.learn.dls.path)
+    classes = [str(c) for c in self.vocab]
     return Evidence(names, classes, seen.targs, seen.logits, seen.plain, votes)

@@ -35,7 +35,8 @@ from .report import write_report
 # %% ../nbs/21_experiment.ipynb #c9e1f709
 def _curves(history, published):
     "(axis, epochs, values, colour, style, label) of each curve, ours last so that they lie above"
-    h,held = history,'test_accuracy' in history  # then the validation images are held-out ones
+    h = history
+    held = 'test_accuracy' in history  # then the validation images are held-out ones
     test,valid = 'test_accuracy' if held else 'valid_accuracy','held out' if held else 'test'
     rows = []
     if published is not None:
@@ -56,7 +57,8 @@ def _draw_curve(ax, x, y, c, ls, label=None):
 def _label_ends(ax, ends):
     "Names at the right ends of curves, moved apart where they would touch"
     low,high = ax.get_ylim()
-    step,last = (high - low)*.05,-float('inf')
+    step = (high - low)*.05
+    last = -float('inf')
     for y,x,label,c in sorted(ends):
         last = max(y, last + step)
         ax.annotate(label, (x, y), xytext=(1.01, (last - low)/(high - low)), textcoords='axes fraction', color=c,
@@ -80,7 +82,8 @@ def plot_curves(
 ):
     "Accuracy, loss and learning rate by epoch, the published curves behind ours; best and last accuracy above"
     fig,axs = plt.subplots(3, 1, figsize=(8.5, 7), height_ratios=(3, 2, .8), sharex=True, layout='constrained')
-    rows,n = _curves(history, published),int(history.epoch.max())
+    rows = _curves(history, published)
+    n = int(history.epoch.max())
     ends = [[], []]
     for i,x,y,c,ls,label in rows:
         _draw_curve(axs[i], x, y, c, ls, label)
@@ -310,7 +313,9 @@ def train_seeds(
 
 @says_how_to_resume
 def _train_seeds(path, plan):
-    rank,n,done = rank_distrib(),max(1, num_distrib()),[]
+    rank = rank_distrib()
+    n = max(1, num_distrib())
+    done = []
     if n > 1: join_processes(hours=500)  # one may have a whole training more to do than another
     r = from_first(recipe_from_record, plan['recipe'])
     begun = from_first(lambda: {load_run(f.parent).env['seed']: f.parent for f in sorted(path.glob('*/env.json'))})

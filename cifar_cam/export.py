@@ -11,7 +11,6 @@ import json, tempfile, warnings
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 from fastcore.script import store_true
 
@@ -117,7 +116,8 @@ def _write_checked(run, write, path, data, force):
     if path.is_dir():
         raise InputError(f'{path}: is a folder; name a file')
     images,targets = check_images(run, data)
-    ours,found = _own_logits(run, images),{}
+    ours = _own_logits(run, images)
+    found = {}
     def checked(tmp):
         # a runtime goes by the suffix
         named = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix='.exporting-'))/path.name
@@ -163,7 +163,8 @@ def export_onnx(
 def _asked(run, path, suffix, input):
     if input not in ('uint8', 'float'):
         raise InputError(f"input={input!r}: choose 'uint8' or 'float'")
-    shipped,run = run is None,finished_run(run)
+    shipped = run is None
+    run = finished_run(run)
     default = Path(f'{run.recipe.name}{suffix}') if shipped else run.path/f'{run.recipe.name}{suffix}'
     path = Path(path or default)
     if path.suffix != suffix:

@@ -72,7 +72,8 @@ def _refuse_run(path):
 def _form_of(path):
     if batch_names(path): return 'batches'
     if split_folders(path): return 'folders'
-    inner,table = subfolders(path),find_table(path)
+    inner = subfolders(path)
+    table = find_table(path)
     classes = [d for d in inner if has_images(d) and not split_name(d.name)] if len(inner) > 1 else []
     if classes and table:
         held = _folders_of(table)
@@ -83,7 +84,8 @@ def _form_of(path):
 
 def _folders_of(table):
     "The folders that hold images that a table names"
-    rows,find = read_csv(table),FileFinder(table.parent).find
+    rows = read_csv(table)
+    find = FileFinder(table.parent).find
     return {f.parent for name in rows[table_columns(rows)['file']] if name and (f := find(name))}
 
 _PACKED = '.7z', '.rar', '.zip', '.tgz', '.tar', '.gz'
@@ -109,7 +111,10 @@ def is_archive(
 # %% ../nbs/01d_formats.ipynb #8c1630a2
 class _Bound:
     "Counts what is unpacked. Photographs hardly shrink; a drawing may shrink a hundredfold, a bomb a thousandfold"
-    def __init__(self, archive): self.archive,self.left = archive,10*2**20 + 200*archive.stat().st_size
+    def __init__(self, archive):
+        self.archive = archive
+        self.left = 10*2**20 + 200*archive.stat().st_size
+
     def add(self, size):
         self.left -= size + 512  # a file of no bytes takes its place too
         if self.left < 0:

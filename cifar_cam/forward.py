@@ -46,7 +46,8 @@ class _RunsThrough:
 @contextmanager
 def _plain_passes():
     "Exact products, attention as written, no reentrant checkpoints"
-    held,fused = [(o, a, getattr(o, a)) for o,a,_ in _switches()],torch.backends.mha.get_fastpath_enabled()
+    held = [(o, a, getattr(o, a)) for o,a,_ in _switches()]
+    fused = torch.backends.mha.get_fastpath_enabled()
     reentrant = checkpoint.CheckpointFunction
     try:
         for o,a,exact in _switches(): setattr(o, a, exact)
@@ -149,7 +150,8 @@ def swap_tensor(
 ):
     "`out` with another main tensor"
     if torch.is_tensor(out): return new
-    key,out = _main_key(out),copy(out)
+    key = _main_key(out)
+    out = copy(out)
     if isinstance(out, tuple): return type(out)(new if i == key else o for i,o in enumerate(out))
     if isinstance(out, (list, dict)): out[key] = new
     else: setattr(out, key, new)
@@ -179,7 +181,8 @@ def shape_grids(
     size:tuple, # height and width of the images
 ) -> list: # of MapGrid: none, one, or two that the shape alone cannot tell apart
     "The ways in which an output of four axes can lie over an image"
-    (H,W),both = size,[MapGrid('NCHW', *shape[2:]), MapGrid('NHWC', *shape[1:3])]
+    H,W = size
+    both = [MapGrid('NCHW', *shape[2:]), MapGrid('NHWC', *shape[1:3])]
     exact = [g for g in both if g.h*W == g.w*H]
     return exact or [g for g in both if 0.5 <= g.h*W/(g.w*H) <= 2 or g.h == g.w == 1]
 
@@ -209,7 +212,8 @@ class _Flow(TorchDispatchMode):
         self.side.append(side)
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = _tensors((args, kwargs or {}))
-        sources,held = self.numbers(given),{_place(t) for t in given}
+        sources = self.numbers(given)
+        held = {_place(t) for t in given}
         out = func(*args, **(kwargs or {}))
         for t in _tensors(out):
             if _place(t) in held and not func._schema.is_mutable: continue # a view
@@ -223,11 +227,15 @@ class _Call:
     "One call of a module in a pass"
     def __init__(self, name, module, parent, start):
         self.name,self.parent,self.start = name,parent,start
-        self.kind,self.chain = type(module),isinstance(module, nn.Sequential)
+        self.kind = type(module)
+        self.chain = isinstance(module, nn.Sequential)
         self.blocks = any(p is not None for c in module.children() for p in [next(c.parameters(), None)])
         self.weights = any(p.ndim > 1 for p in module.parameters())
         self.norm = _is_norm(module)
-        self.kids,self.given,self.end,self.made = [],set(),-1,0 # `made`: how many results there were at its end
+        self.kids = []
+        self.given = set()
+        self.end = -1
+        self.made = 0 # how many results there were at its end
         self.value,self.shape,self.grid = None,None,None
     def __repr__(self): return f'{self.name} {self.shape}'
 
@@ -248,7 +256,8 @@ def _probe(x):
 def _agreement(t, grid):
     "How well a change of the top half and of the left half shows there in the map: 2 is the most, 0 is chance"
     m = grid.to_map(t.detach().float())
-    changes,total = (m[1:3] - m[:1]).abs().mean(1),0.
+    changes = (m[1:3] - m[:1]).abs().mean(1)
+    total = 0.
     for axis in 0, 1:
         n = changes.shape[axis + 1]//2
         first,second = (changes[axis].narrow(axis, k, n).mean() for k in (0, changes.shape[axis + 1] - n))
@@ -263,12 +272,18 @@ class LayerTrace:
         x:torch.Tensor, # an image of the size and dtype to trace: N×C×H×W
         output=None, # picks the logits: see `find_logits`
     ):
-        self.size,self.calls,self.stack,self.ended = tuple(x.shape[2:]),[],[],0
+        self.size = tuple(x.shape[2:])
+        self.calls = []
+        self.stack = []
+        self.ended = 0
         # sizes of maps seen; length of a row → its unchanging tokens; numbers of tokens in front and behind
-        self.grids,self.same,self.beside = [],{},[(0, 0)]
+        self.grids = []
+        self.same = {}
+        self.beside = [(0, 0)]
         named = [getattr(m, 'num_prefix_tokens', None) for m in model.modules()]
         self.beside += [(n, 0) for n in named if isinstance(n, int)][:1]
-        flow,x = _Flow(),_probe(x)
+        flow = _Flow()
+        x = _probe(x)
         with untouched(model), ExitStack() as hooks:
             for name,m in model.named_modules():
                 hooks.enter_context(m.register_forward_pre_hook(partial(self._enter, flow, name), with_kwargs=True))
@@ -278,9 +293,11 @@ class LayerTrace:
             try: self.answers = flow.numbers(find_logits(out, output))
             except InputError: self.answers = flow.numbers(out)
         self.made_of,self.side = flow.made_of,flow.side
-        self.asked,names = self.upstream(self.answers),[c.name for c in self.calls]
+        self.asked = self.upstream(self.answers)
+        names = [c.name for c in self.calls]
         self.used = {v: r for r in sorted(self.asked) for v in self.made_of[r]} # result → the last one made of it
-        self.runs,self.found = {n: names.count(n) for n in names},{}
+        self.runs = {n: names.count(n) for n in names}
+        self.found = {}
         self.kinds = {n: type(m) for n,m in model.named_modules()}
 
 # %% ../nbs/11_forward.ipynb #e6d18276
@@ -295,11 +312,16 @@ def _enter(self:LayerTrace, flow, name, module, args, kwargs):
 
 @patch
 def _leave(self:LayerTrace, flow, module, args, out):
-    call,t = self.stack.pop(),main_tensor(out)
-    call.end,self.ended,call.made = self.ended,self.ended + 1,len(flow.made_of)
+    call = self.stack.pop()
+    t = main_tensor(out)
+    call.end = self.ended
+    self.ended += 1
+    call.made = len(flow.made_of)
     if t is None or (n := flow.number(t)) is None: return
     self._look(t)
-    call.value,call.shape,call.grid = n,tuple(t.shape),self._grid(t)
+    call.value = n
+    call.shape = tuple(t.shape)
+    call.grid = self._grid(t)
     if call.grid and (size := call.grid[1:3]) not in self.grids: self.grids.append(size)
 
 @patch
@@ -335,7 +357,8 @@ def _beside(self:LayerTrace, length):
 @patch
 def _cells(self:LayerTrace, n):
     "(rows, columns) of a grid of `n` places, or None"
-    (H,W),seen = self.size,[g for g in reversed(self.grids) if g[0]*g[1] == n]
+    H,W = self.size
+    seen = [g for g in reversed(self.grids) if g[0]*g[1] == n]
     whole = [(H//s, W//s) for s in range(1, min(H, W)) if H % s == W % s == 0 and H//s*(W//s) == n]
     return next(iter(seen + whole), None) if n > 1 else None
 
@@ -346,7 +369,8 @@ def upstream(self:LayerTrace,
     beyond=(), # numbers to stop at
 ) -> set:
     "Some results and everything they were made from"
-    seen,todo = set(beyond),list(values)
+    seen = set(beyond)
+    todo = list(values)
     while todo:
         if (v := todo.pop()) in seen: continue
         seen.add(v)

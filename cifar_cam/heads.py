@@ -73,8 +73,12 @@ def class_index(
     also:str='', # another allowed value
 ) -> int:
     "The index of a class. Raises InputError for an unknown one that lists the classes, of many the nearest"
-    names,name = [str(c) for c in vocab],str(name)
+    names = [str(c) for c in vocab]
+    name = str(name)
     if name in names: return names.index(name)
-    near,few = names,''
-    if len(names) > 20: near,few = get_close_matches(name, names, 5, 0),f'; these are the nearest of {len(names):,}'
+    near = names
+    few = ''
+    if len(names) > 20:
+        near = get_close_matches(name, names, 5, 0)
+        few = f'; these are the nearest of {len(names):,}'
     raise InputError(f"unknown class {name!r}: choose {also}one of {', '.join(near)}{few}")

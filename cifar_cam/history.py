@@ -43,7 +43,10 @@ class History(Callback):
     order = 68  # after the recorder and what watches it, before the checkpoint: a checkpoint's epoch has its row
     def __init__(self,
         path:Path, # the .csv file
-    ): self.path,self.rows = Path(path),[]
+    ):
+        self.path = Path(path)
+        self.rows = []
+
     def before_fit(self):
         self.rows = read_history(self.path).to_dict('records') if self.path.exists() else []
     def state_dict(self) -> dict: return dict(rows=self.rows)
@@ -51,7 +54,9 @@ class History(Callback):
         "The rows of a checkpoint: a file that a program copied here may be older, or newer"
         self.rows = state['rows']
         self._write()
-    def before_epoch(self): self.start,self.rows = time.perf_counter(),self.rows[:self.epoch]
+    def before_epoch(self):
+        self.start = time.perf_counter()
+        self.rows = self.rows[:self.epoch]
     def after_train(self): self.trained = time.perf_counter() - self.start
     def after_epoch(self):
         row = dict(epoch=self.epoch + 1, **{k: float(v) for k,v in self.recorder.row.items()})
@@ -112,13 +117,16 @@ def tensorboard_logs(
 class _WandbNumbers(Callback):
     "Loss and rate of each step, and each epoch's row"
     order = 69  # after the row of `History`
-    def __init__(self, path, config): self.path,self.config = Path(path),config
+    def __init__(self, path, config):
+        self.path = Path(path)
+        self.config = config
 
     def before_fit(self):
         import wandb
         self.run = None
         if rank_distrib() or hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder'): return
-        name,beside = self.path.name,str(self.path.parent)  # W&B makes links, which a run folder does not hold
+        name = self.path.name
+        beside = str(self.path.parent)  # W&B makes links, which a run folder does not hold
         self.run = wandb.init(project='cifar_cam', id=name, name=name, resume='allow', dir=beside, config=self.config)
 
     def after_batch(self):

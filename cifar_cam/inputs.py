@@ -72,7 +72,12 @@ def _in_folder(folder):
 # %% ../nbs/23_inputs.ipynb #zipparts1
 class _Part(io.RawIOBase):
     "The bytes of a zip up to its list of members, and another list after them"
-    def __init__(self, file, start, members): self.file,self.start,self.members,self.at = file,start,members,0
+    def __init__(self, file, start, members):
+        self.file = file
+        self.start = start
+        self.members = members
+        self.at = 0
+
     def readable(self): return True
     def seekable(self): return True
     def seek(self, to, whence=0):
@@ -94,16 +99,19 @@ def _member_list(file):
     file.seek(max(0, size - 2**16))
     tail = file.read()
     end = tail.rfind(b'PK\5\6')
-    place,offset = tail,end + 12
+    place = tail
+    offset = end + 12
     if tail[end - 20:end - 16]==b'PK\6\7': # more than 65,535 members
         file.seek(*struct.unpack_from('<Q', tail, end - 12))
-        place,offset = file.read(56),40
+        place = file.read(56)
+        offset = 40
     length,start = struct.unpack_from('<2Q' if place is not tail else '<2I', place, offset)
     return start, length
 
 def _split_list(file, start, length, n):
     "Yield (bytes, members) of up to `n` members"
-    at,some = start,[]
+    at = start
+    some = []
     while at < start + length:
         file.seek(at)
         head = file.read(46)

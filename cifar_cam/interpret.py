@@ -69,7 +69,8 @@ def plot_images(self:CamInterpretation,
     "A gallery of images with the prediction over each, and the actual class where it is another"
     idxs = self.indices(which, k)
     if not idxs: return message_figure(self._none(which), figsize, dpi)
-    images,wrong = self.images(idxs),any(map(self._wrong, idxs))
+    images = self.images(idxs)
+    wrong = any(map(self._wrong, idxs))
     head = 'prediction and its probability' + '; beneath it the actual class'*wrong
     p = Panels(ceil(len(idxs)/10), min(10, len(idxs)), 1 + wrong, _head(which, head), cell=1., figsize=figsize, dpi=dpi,
                aspect=_aspect(images))
@@ -114,9 +115,14 @@ def cams(self:CamInterpretation,
     **kwargs, # more for `cam_maps`, such as `aug_smooth`, `eigen_smooth`, `reshape`
 ) -> tuple: # (maps float32 N×H×W in [0,1], N booleans: blank)
     "The class activation maps of images, in batches"
-    classes,found,model = self.asked(idxs, target),[],self.learn.model
+    classes = self.asked(idxs, target)
+    found = []
+    model = self.learn.model
     output = kwargs.pop('output', self.output)
-    if self.one_output: layer,model,output = _modules(model, layer),TwoClasses(unwrap(model), output),None
+    if self.one_output:
+        layer = _modules(model, layer)
+        model = TwoClasses(unwrap(model), output)
+        output = None
     for xb in self.batches(idxs):
         t,classes = classes[:len(xb)],classes[len(xb):]
         found.append(cam_maps(model, xb, method, layer, t, min_px=min_px, output=output, **kwargs))
@@ -161,9 +167,12 @@ def plot_top_losses(self:CamInterpretation,
     **kwargs, # more: see `cams`, and `cmap`, `alpha` of `overlay`
 ) -> Figure:
     "The images with the highest losses; over each the prediction with its probability, the actual class and the loss"
-    idxs,(drawing,options,target) = self._ranked(k, largest),_options(kwargs)
+    idxs = self._ranked(k, largest)
+    drawing,options,target = _options(kwargs)
     if not idxs: return message_figure(self._none(idxs), figsize, dpi)
-    images,each,(rows,cols) = self.images(idxs),1 + heatmap,_grid(len(idxs), nrows, ncols, 5)
+    images = self.images(idxs)
+    each = 1 + heatmap
+    rows,cols = _grid(len(idxs), nrows, ncols, 5)
     head = 'prediction and its probability; actual class, loss'
     p = Panels(rows, each*cols, 2, head, heatmap, 1.4 - .45*heatmap, plain, figsize, dpi, group=each,
                aspect=_aspect(images))
@@ -206,11 +215,14 @@ def plot_cams(self:CamInterpretation,
     **kwargs, # more: see `cams`, and `cmap`, `alpha` of `overlay`
 ) -> Figure:
     "Image, CAM of the predicted class, CAM of its rival (see `asked`) and their difference: two images a row"
-    idxs,(drawing,options,target) = self.indices(which, k),_options(kwargs)
+    idxs = self.indices(which, k)
+    drawing,options,target = _options(kwargs)
     if not idxs: return message_figure(self._none(which), figsize, dpi)
     classes,rivals = (self.asked(idxs, t) for t in (target, 'rival'))
     (a,blank_a),(b,blank_b) = (self.cams(idxs, **options | dict(target=t)) for t in (classes, rivals))
-    images,limit,rows = self.images(idxs),np.abs(a - b).max().clip(.01),ceil(len(idxs)/2)
+    images = self.images(idxs)
+    limit = np.abs(a - b).max().clip(.01)
+    rows = ceil(len(idxs)/2)
     heads = ['image', f'for {_whose(target)}', self._rival_head(idxs), 'difference']
     p = Panels(rows, 8 if len(idxs) > 1 else 4, 1, _head(which, 'where the network looked for each class'), True, 1.2,
                plain, figsize, dpi, heads, 4, _aspect(images))
@@ -248,7 +260,8 @@ def _class_grid(self:CamInterpretation, which, groups, classes, maps, plain, fig
     grid = [[row[c] for c in chosen] for row in self.by_class(which, groups)]
     idxs = [i for row in grid for i in row if i is not None]
     if not idxs: return message_figure(self._none(which), figsize, dpi)
-    images,names = self.images(idxs),self._names
+    images = self.images(idxs)
+    names = self._names
     what = 'the wrong prediction' if any(map(self._wrong, idxs)) else "the prediction's probability"
     head = '; '.join(filter(None, (f'a column for each actual class, over the images {what}', about)))
     p = Panels(groups, len(chosen), 1, _head(which, head), bool(maps), .95, plain, figsize, dpi,
@@ -300,7 +313,8 @@ def plot_methods(self:CamInterpretation,
     **kwargs, # more: see `cams`, and `cmap`, `alpha` of `overlay`
 ) -> Figure:
     "The maps of several CAM methods side by side"
-    idxs,(drawing,options,target) = self.indices([i] if isinstance(i, (int, np.integer)) else i),_options(kwargs)
+    idxs = self.indices([i] if isinstance(i, (int, np.integer)) else i)
+    drawing,options,target = _options(kwargs)
     if not idxs: return message_figure(self._none(idxs), figsize, dpi)
     images = self.images(idxs)
     head = 'prediction and its probability, actual class; maps by several methods'
@@ -381,7 +395,9 @@ def save_maps(self:CamInterpretation,
 ) -> Path: # of the file
     """The maps of `plot_cams` with the same arguments, with files and classes. Open it by `np.load`.
     Raises InputError if there are no such images"""
-    idxs,path,target = self.indices(which, k),Path(path),kwargs.pop('target', 'predicted')
+    idxs = self.indices(which, k)
+    path = Path(path)
+    target = kwargs.pop('target', 'predicted')
     if path.suffix != '.npz': path = path.with_name(f'{path.name}.npz')
     if not idxs:
         raise InputError(self._none(which))

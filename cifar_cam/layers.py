@@ -68,7 +68,10 @@ def stages(self:LayerTrace,
 @patch
 def _last(self:LayerTrace, cs, values):
     "Of the layers `cs`, the first on each way back from `values` that no other one found is made of"
-    by,found,seen,todo = {c.value: c for c in cs},[],set(),sorted(values)
+    by = {c.value: c for c in cs}
+    found = []
+    seen = set()
+    todo = sorted(values)
     while todo:
         if (v := todo.pop()) in seen: continue
         seen.add(v)
@@ -191,7 +194,8 @@ def _none_found(trace, min_px):
 
 def _check_px(trace, name, auto, min_px):
     "Raises InputError for a layer without a map, or with one that is too small"
-    grid,big = trace.grid(name),[n for n in auto if trace.grid(n)]
+    grid = trace.grid(name)
+    big = [n for n in auto if trace.grid(n)]
     if not grid:
         raise InputError(f"layer {name!r} gives no N×C×H×W map, nor tokens that lie as one: pass layer='auto'"
                          f"{''.join(f' or {n!r}' for n in big)}, or reshape=, which makes its output one")
@@ -261,7 +265,8 @@ def layer_candidates(
     auto = trace.auto(model, x, min_px)
     rows = []
     for c in sorted(trace.calls[1:], key=lambda c: c.end):
-        role,size = trace.role(c, min_px, auto),_size(c.grid[1:3]) if c.grid else ''
+        role = trace.role(c, min_px, auto)
+        size = _size(c.grid[1:3]) if c.grid else ''
         if c.name.count('.') >= depth and role != 'the layer': continue
         shape = '×'.join(map(str, ['N', *c.shape[1:]])) if c.shape else ''
         rows.append(dict(layer=c.name, module=c.kind.__name__, output=shape, lies=_lies(c.grid), map=size, role=role))

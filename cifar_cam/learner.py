@@ -76,10 +76,12 @@ def _draw_torch(): torch.empty((), dtype=torch.int64).random_()  # as a loader o
 @contextmanager
 def _keep_undrawn():
     "Undo the draws of loaders from Python's and PyTorch's generators when they begin; keep all other draws"
-    python,cpu = random.getstate(),torch.get_rng_state()
+    python = random.getstate()
+    cpu = torch.get_rng_state()
     try: yield
     finally:
-        python_after,cpu_after = random.getstate(),torch.get_rng_state()
+        python_after = random.getstate()
+        cpu_after = torch.get_rng_state()
         random.setstate(python)
         torch.set_rng_state(cpu)
         idle = (_reached(python_after, random.getstate, _draw_python) and
@@ -132,7 +134,9 @@ class CifarLearner(Learner):
             self._asked,self._waiting = (),{}
             return super()._call_one(event_name)
         now = tuple(self.cbs)
-        if now!=self._asked: self._asked,self._waiting = now,{}
+        if now!=self._asked:
+            self._asked = now
+            self._waiting = {}
         if event_name not in self._waiting: self._waiting[event_name] = self.ordered_cbs(event_name)
         for cb in self._waiting[event_name]: cb(event_name)
 
@@ -143,7 +147,8 @@ class CifarLearner(Learner):
 
     @wraps(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-        finder,full = any(isinstance(cb, LRFinder) for cb in L(cbs)),False
+        finder = any(isinstance(cb, LRFinder) for cb in L(cbs))
+        full = False
         try:
             with keep_random(), keep_memory(), fast_convolutions(), _whole_after(self):
                 self.first_epoch = 0
@@ -222,7 +227,8 @@ class SeedEpochs(Callback):
         random.seed(int(own[0]))
         np.random.seed(own[1])
         torch.manual_seed(int(own[2]))
-        self.dls.train.rng,self.dls.train.epoch = random.Random(int(state[3])),number
+        self.dls.train.rng = random.Random(int(state[3]))
+        self.dls.train.epoch = number
 
 # %% ../nbs/10_learner.ipynb #f56cb163
 def _plain(o):
@@ -291,7 +297,8 @@ class Checkpoint(Callback):
             cb.__dict__.update({k: kept[k] for k in self._watched if k in kept})
         for cb in self._keepers(): cb.load_state_dict(state['callbacks'].get(cb.name, {}))
         smooth = self.recorder.smooth_loss
-        smooth.count,smooth.val = state['smooth_loss'][0],state['smooth_loss'][1].to(self.dls.device)
+        smooth.count = state['smooth_loss'][0]
+        smooth.val = state['smooth_loss'][1].to(self.dls.device)
         self.learn.first_epoch = epoch
         self.learn.epochs_done = max(self.epochs_done, self.epochs_before + epoch)
         self.learn.train_iter = epoch*len(self.dls.train)  # TensorBoard's steps

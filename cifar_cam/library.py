@@ -79,12 +79,15 @@ def _check_name(arch, known, there):
 # %% ../nbs/04b_library.ipynb #04btm1
 def _timm_net(arch, n_out, side, pretrained):
     "(network, its only side or None, the statistics that it was trained with)"
-    timm,name = _timm(),arch.partition('/')[2]
+    timm = _timm()
+    name = arch.partition('/')[2]
     _check_name(arch, timm.list_models(), timm.is_model(name))
     made = partial(timm.create_model, name, pretrained=pretrained, num_classes=n_out)
-    try: net,built = made(img_size=side),side
-    except TypeError: net,built = made(),None # it has no such argument
-    except (AssertionError, ValueError): net,built = made(),None # or takes no such size
+    built = side
+    try: net = made(img_size=side)
+    except (TypeError, AssertionError, ValueError): # it has no such argument, or takes no such size
+        net = made()
+        built = None
     config = net.pretrained_cfg
     own = built or config['input_size'][1]
     return net,own if config.get('fixed_input_size') or not _takes(net, side) else None,(config['mean'], config['std'])
@@ -101,10 +104,12 @@ def _takes(net, side):
 # %% ../nbs/04b_library.ipynb #04btv1
 def _torchvision_net(arch, n_out, side, pretrained):
     "(network, its only side or None, the statistics that it was trained with)"
-    name,known = arch.partition('/')[2],torchvision_models.list_models(module=torchvision_models)
+    name = arch.partition('/')[2]
+    known = torchvision_models.list_models(module=torchvision_models)
     _check_name(arch, known, name in known)
     weights = torchvision_models.get_model_weights(name).DEFAULT
-    config,net = weights.transforms(),torchvision_models.get_model(name, weights=None, num_classes=n_out)
+    config = weights.transforms()
+    net = torchvision_models.get_model(name, weights=None, num_classes=n_out)
     if pretrained: _load_matching(net, weights.get_state_dict(progress=False, check_hash=True))
     return net,None if _takes(net, side) else config.crop_size[0],(config.mean, config.std)
 
@@ -126,7 +131,8 @@ def library_model(
     norm, and for weights that are neither in the cache nor can be downloaded"""
     if norm!='batch':
         raise InputError(f"norm={norm!r} is for networks of this package: {arch} has its own, leave norm out")
-    make,side = _timm_net if arch.startswith('timm/') else _torchvision_net,max(SMALLEST, size)
+    make = _timm_net if arch.startswith('timm/') else _torchvision_net
+    side = max(SMALLEST, size)
     try: net,only,own_stats = make(arch, n_out, side, pretrained)
     except InputError: raise
     except Exception as e:

@@ -78,7 +78,9 @@ def cached_images(
         return _decode(list(rows.file), size)
     now = fingerprint(path, rows)
     try:
-        with safe_open(file, 'pt') as f: about,images = f.metadata(),f.get_tensor('images')
+        with safe_open(file, 'pt') as f:
+            about = f.metadata()
+            images = f.get_tensor('images')
         if about==dict(fingerprint=now, checksum=_checksum(images)): return images
     except (OSError, SafetensorError): pass  # there is none yet, or it is damaged
     images = _decode(list(rows.file), size)
@@ -89,7 +91,9 @@ def _decode(files, size): return read_images(_Photos(files, size))
 
 class _Photos:
     "Opens what a `TfmdLists` of `NamedImage.create` and `Squeeze` opens, at half its cost for small images"
-    def __init__(self, files, size): self.files,self.squeeze = files,Squeeze(size)
+    def __init__(self, files, size):
+        self.files = files
+        self.squeeze = Squeeze(size)
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
         image = NamedImage.create(self.files[i])
@@ -118,7 +122,9 @@ class MemoryImages:
     def __init__(self,
         images:torch.Tensor, # N×3×H×W
         files:list, # N paths
-    ): self.images,self.row = images,{f: i for i,f in enumerate(files)}
+    ):
+        self.images = images
+        self.row = {f: i for i,f in enumerate(files)}
 
     def rows_of(self,
         items, # of a data set
@@ -156,7 +162,8 @@ class MemoryImages:
     ) -> torch.Tensor:
         "Some of the images, on the device of `rows`"
         if not self.stays: return self.images[rows]
-        shape,pinned = (len(at_home), *self.images.shape[1:]),rows.device.type == 'cuda'
+        shape = (len(at_home), *self.images.shape[1:])
+        pinned = rows.device.type == 'cuda'
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         torch.index_select(self.images, 0, at_home, out=batch)
         return batch.to(rows.device, non_blocking=True)
@@ -192,7 +199,8 @@ def _looked_up(labels):
 
 def _targets(labels):
     "The class of each item; without fastai's pipeline, 0.1 ms an item, where that only looks it up"
-    found,items = _looked_up(labels),labels.items
+    found = _looked_up(labels)
+    items = labels.items
     if found and isinstance(items, (list, L)) and all(isinstance(o, (str, Path)) for o in items):
         get_y,classes = found
         names = [get_y(o) for o in items]
@@ -213,9 +221,12 @@ class MemoryDL(TfmdDL):
     ):
         super().__init__(dataset, **{**kwargs, 'num_workers': 0})
         if rows is None and memory is not None: rows = memory.rows_of(getattr(dataset, 'items', ()))
-        if rows is None: memory,rows = MemoryImages(read_images(dataset.tls[0]), []),torch.arange(len(dataset))
+        if rows is None:
+            memory = MemoryImages(read_images(dataset.tls[0]), [])
+            rows = torch.arange(len(dataset))
         if targets is None and len(dataset.tls) > 1: targets = _targets(dataset.tls[1])
-        self.memory,self.rows = memory,rows.to(self.device)
+        self.memory = memory
+        self.rows = rows.to(self.device)
         self.targets = targets if targets is None else targets.to(self.device)
 
     def create_batches(self, samps):
@@ -234,7 +245,8 @@ class MemoryDL(TfmdDL):
     def _batch(self, i, home):
         rows = self.rows[i]
         x = TensorImage(self.memory.take(rows, home))
-        x.rows,x.epoch = rows,self.epoch
+        x.rows = rows
+        x.epoch = self.epoch
         return (x,) if self.targets is None else (x, TensorCategory(self.targets[i]))
 
     def new(self, dataset=None, cls=None, **kwargs):
@@ -294,7 +306,8 @@ def read_decisions(
     try: rows = list(csv.DictReader(Path(path).read_text(encoding='utf-8').splitlines()))
     except (OSError, ValueError, csv.Error) as e:
         raise InputError(f'{path}: cannot be read ({e}); name a table of decisions') from None
-    decided,classes = {},sorted(set(labels.values()))
+    decided = {}
+    classes = sorted(set(labels.values()))
     for n,row in enumerate(rows, 2):
         file,decision,label = (row.get(k) for k in ('file', 'decision', 'label'))
         if decision not in ('keep', 'relabel', 'drop'):
@@ -351,7 +364,8 @@ def cifar_dls(
     source = ImageSource(hold_out, seed, valid_pct, labels, get_items, get_y)
     items = source.get_items(data)
     rows = source.rows  # as they are in the data; a splitter may make others of them
-    splits,get_y = (splitter or source.splitter)(items),source.get_y
+    splits = (splitter or source.splitter)(items)
+    get_y = source.get_y
     if decisions is not None: splits,get_y = _follow(decisions, source, items, splits)
     stats = _stats(source, items, splits, splitter, size)
     if in_memory:

@@ -62,7 +62,8 @@ def cell_shares(
     size:tuple, # height and width of a map
 ) -> torch.Tensor: # float64 N×h×w in [0,1]
     "How much of each cell of a map lies in a region"
-    (h,w),(H,W) = size,regions.shape[1:]
+    h,w = size
+    H,W = regions.shape[1:]
     return torch.einsum('hH,nHW,wW->nhw', _overlap(h, H), regions.cpu().double(), _overlap(w, W))
 
 def energy_inside(
@@ -84,7 +85,8 @@ def pointing_game(
     masks:torch.Tensor, # N×H×W booleans
 ) -> torch.Tensor: # N scores, 0 or 1 except for tied maxima
     "Is the highest place of the map in the mask? 0 for a map without attribution, NaN for NaN (Zhang et al. 2016)"
-    m,masks = _enlarged(maps.cpu().double(), masks.shape[1:]).flatten(1),masks.cpu()
+    m = _enlarged(maps.cpu().double(), masks.shape[1:]).flatten(1)
+    masks = masks.cpu()
     high = m.amax(1, keepdim=True)
     hit = ((m == high) & masks.flatten(1).bool()).sum(1)/(m == high).sum(1).double()
     return torch.where(high[:, 0] == 0, 0., hit)
@@ -118,7 +120,8 @@ def montage(
     fours:torch.Tensor, # from `pick_montages`: M×4 places
 ) -> torch.Tensor: # M×C×2H×2W
     "Four images each, in reading order"
-    M,(C,H,W) = len(fours),x.shape[1:]
+    M = len(fours)
+    C,H,W = x.shape[1:]
     return x[fours].view(M, 2, 2, C, H, W).permute(0, 3, 1, 4, 2, 5).reshape(M, C, 2*H, 2*W)
 
 def grid_maps(
@@ -157,7 +160,8 @@ def target_probs(
     output=None, # picks the logits: see `find_logits`
 ) -> torch.Tensor: # N probabilities, on the CPU
     "The softmax probability of one class for each image; a single logit is that of the second of two classes"
-    model,x = unwrap(model),x.as_subclass(torch.Tensor)
+    model = unwrap(model)
+    x = x.as_subclass(torch.Tensor)
     p = next(model.parameters())
     with untouched(model):
         outs = [find_logits(model(xb.to(p.device, p.dtype)), output).float().cpu() for xb in x.split(bs)]
@@ -171,8 +175,11 @@ _neighbours = {(0, 1): 1/6, (1, 0): 1/6, (1, 1): 1/12, (1, -1): 1/12} # and thei
 
 def _linear_system(gone, values):
     "Of `impute_pixels`: diagonal, right-hand sides, and (unknowns, later unknowns, weight) for each direction"
-    (_,H,W),number = gone.shape,gone.cumsum().reshape(gone.shape) - 1
-    known,weights,ties = np.where(gone[..., None], 0, values),np.zeros((H, W)),[]
+    _,H,W = gone.shape
+    number = gone.cumsum().reshape(gone.shape) - 1
+    known = np.where(gone[..., None], 0, values)
+    weights = np.zeros((H, W))
+    ties = []
     means = np.zeros_like(known)
     for (dy,dx),w in _neighbours.items():
         a = np.s_[:, :H-dy, max(0, -dx):W-max(0, dx)] # pixels that have this neighbour
@@ -198,7 +205,8 @@ def impute_pixels(
                                                          if noise is None else noise.split(step))])
     if not keep.flatten(1).any(1).all():
         raise InputError('an image without a pixel that stays cannot be filled in: keep at least one')
-    gone,values = ~keep.cpu().numpy(),x.detach().cpu().double().permute(0, 2, 3, 1).numpy()
+    gone = ~keep.cpu().numpy()
+    values = x.detach().cpu().double().permute(0, 2, 3, 1).numpy()
     diagonal,rhs,ties = _linear_system(gone, values)
     if not len(diagonal): return x.clone()
     band = np.zeros((1 + max(np.max(j - i, initial=0) for i,j,_ in ties), len(diagonal)))
@@ -221,7 +229,8 @@ def road(
     output=None, # picks the logits: see `find_logits`
 ) -> torch.Tensor: # N scores: half of (probability without the least − without the most important pixels)
     "ROAD, combined: higher is better, a random order gives 0, NaN for a NaN map (Rong et al. 2022)"
-    order,(H,W) = removal_order(maps, x.shape[2:], seed),x.shape[2:]
+    order = removal_order(maps, x.shape[2:], seed)
+    H,W = x.shape[2:]
     eps = noise*torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     score = torch.zeros(len(x))
     for p in percentiles:
@@ -257,7 +266,8 @@ def deletion_insertion(
 def _weighted_layers(model, x):
     """(name, modules) of each layer that has parameters, in the order of the forward pass; a normalisation belongs
     to the layer before it"""
-    layers,modules = [],dict(model.named_modules())
+    layers = []
+    modules = dict(model.named_modules())
     for n in map_sizes(model, x[:1]):
         own = list(modules[n].parameters(recurse=False))
         if not own: continue

@@ -79,7 +79,8 @@ def layer_table(
         return lambda m,_,out: rows.append((name, type(m).__name__, tuple(out.shape[1:]), count_parameters(m)))
     for name,m in model.named_modules():
         if not list(m.children()): handles.append(m.register_forward_hook(hook(name)))
-    training,device = {m: m.training for m in model.modules()},next(model.parameters()).device
+    training = {m: m.training for m in model.modules()}
+    device = next(model.parameters()).device
     try:
         with torch.no_grad(): model.eval()(torch.zeros(1, 3, size, size, device=device))
     finally:
@@ -103,7 +104,8 @@ def _passes_by(m, x):
 def _boxes(m, name, seen, sizes, found):
     """Append to `found` a [stage, kind, output, parameters, convolutions] for each box of the diagram.
     Norms, activations and pools inside a stage belong to the box before"""
-    n,shape = sum(p.numel() for p in m.parameters()),sizes.get(m)
+    n = sum(p.numel() for p in m.parameters())
+    shape = sizes.get(m)
     block = any(m.children()) and not isinstance(m, nn.Sequential) and any(map(_weighs, m.modules()))
     if block and m in seen and _passes_by(m, seen[m]):
         found.append([name, 'block', shape, n, sum(map(_weighs, m.modules()))])
@@ -149,7 +151,8 @@ def plot_network(
     "The network as boxes: height is the side of the map, width the number of channels, each on a root scale"
     boxes = _network_boxes(model, size)
     tall = max(b[2][1] if len(b[2]) > 1 else 1 for b in boxes)**.5
-    x,spans = 0.,{}
+    x = 0.
+    spans = {}
     fig,ax = plt.subplots(figsize=(10, 3), layout='constrained')
     for n,(stage,kind,shape,count,_) in enumerate(boxes):
         w,h = .35 + shape[0]**.5/16,(shape[1] if len(shape) > 1 else 1)**.5
@@ -179,7 +182,8 @@ def _draw_skip(ax, x, w, h):
     ax.add_patch(FancyArrowPatch(path=path, arrowstyle='-|>', mutation_scale=6, lw=.9, color='#aa3377'))
 
 def _name_stage(ax, stage, x, tall, boxes, count):
-    blocks,shape = sum(b[1]=='block' for b in boxes),boxes[-1][2]
+    blocks = sum(b[1]=='block' for b in boxes)
+    shape = boxes[-1][2]
     words = f'{stage}: {blocks} block{"s"*(blocks > 1)}' if blocks else stage
     size = '×'.join(map(str, shape))
     ax.text(x, tall/2 + 1.1, f'{words}\n{size}', ha='center', va='bottom', fontsize=8, linespacing=1.15)

@@ -48,8 +48,12 @@ def network_figure(
     size:int=32, # side of the images in pixels
 ) -> Figure:
     "`plot_network`, as wide as its labels need. Raises InputError if the network cannot be drawn"
-    net,name,before = model,type(model).__name__,plt.get_fignums()
-    if isinstance(model, AtSize): net,size = model.net,model.resized(torch.zeros(1, 3, size, size)).shape[-1]
+    net = model
+    name = type(model).__name__
+    before = plt.get_fignums()
+    if isinstance(model, AtSize):
+        net = model.net
+        size = model.resized(torch.zeros(1, 3, size, size)).shape[-1]
     try: fig = plot_network(net, size)
     except Exception as e:  # your own network may raise anything
         for n in set(plt.get_fignums()) - set(before): plt.close(n)

@@ -67,9 +67,8 @@ def newton_schulz(
     g:torch.Tensor, # a matrix, or N matrices of the same shape: N×rows×columns
     steps:int=3, # applications of the polynomial
 ) -> torch.Tensor:
-    """Matrices with the singular vectors of those of `g` and singular values of about 1 (Newton-Schulz with the
-    coefficients of Jordan 2024),
-    in bfloat16 where the device is made for it, else in float32"""
+    """Matrices with the singular vectors of those of `g` and singular values of about 1, by Newton-Schulz with the
+    coefficients of Jordan 2024. In bfloat16 where the device is made for it, else in float32"""
     if g.ndim==2: return newton_schulz(g[None], steps)[0]
     tall = g.shape[1] > g.shape[2]
     x = (g.mT if tall else g).to(_product_type(g.device))
@@ -130,7 +129,8 @@ def _turn(kernels, steps, lr):
 
 def _orthogonal(matrices):
     "`newton_schulz` of each, in one batch for all whose shorter side is the same: columns of zeros change nothing"
-    out,wide = [None]*len(matrices),[m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
+    out = [None]*len(matrices)
+    wide = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
     for rows in {len(w): None for w in wide}:
         alike = [i for i,w in enumerate(wide) if len(w)==rows]
         batch = wide[0].new_zeros(len(alike), rows, max(wide[i].shape[1] for i in alike),

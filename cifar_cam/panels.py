@@ -114,7 +114,8 @@ def short_number(
     n:int=2, # decimals
 ) -> str:
     "`x` with `n` decimals; '< 0.01' and '> 0.99' where rounding would make 0 or 1 of it"
-    text,least = f'{x:.{n}f}',10.**-n
+    text = f'{x:.{n}f}'
+    least = 10.**-n
     if 0 < x < 1 and float(text)==0: return f'< {least:.{n}f}'
     if 0 < x < 1 and float(text)==1: return f'> {1 - least:.{n}f}'
     return text
@@ -226,7 +227,9 @@ class Panels:
         aspect:float=1., # height of a panel over its width
         above:int=0, # lines over the first row only
     ):
-        self.plain,self.group,self.columns = plain,group,list(columns)
+        self.plain = plain
+        self.group = group
+        self.columns = list(columns)
         self.gap,self.apart = (.04, .2) if group > 1 else (.08, 0.)
         self.above = 0. if plain else .26*bool(head) + .24*bool(bars) + .19*bool(columns) + .15*above
         self.bars_at = .26*bool(head) + .12 # inches from the top
@@ -296,7 +299,8 @@ def bar(self:Panels,
     "A colour bar in the next place beneath the head, as the map looks on a grey image"
     if self.plain: return
     w,h = self.size
-    signed,ramp = low < 0,np.linspace(-1 if low < 0 else 0, 1, 256)[None]
+    signed = low < 0
+    ramp = np.linspace(-1 if low < 0 else 0, 1, 256)[None]
     colours = overlay(np.full((1, 256, 3), 190, np.uint8), ramp, cmap=cmap, signed=signed, **kwargs) if kwargs else None
     x,y = self.bar_at,self.bars_at
     for text in (label, f'{low:g}', None, f'{high:g}'):

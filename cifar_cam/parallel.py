@@ -98,7 +98,8 @@ def shard_loader(
     "A loader like `dl` of part `rank` of each of its batches"
     part = dl.new(bs=-(-dl.bs//n))
     def get_idxs():
-        dl.rng,idxs = part.rng,[]
+        dl.rng = part.rng
+        idxs = []
         for batch in chunked(dl.get_idxs(), dl.bs, dl.drop_last):
             k = -(-len(batch)//n)
             idxs += (batch*n)[rank*k:(rank + 1)*k]
@@ -124,14 +125,17 @@ class _GatherBatches(Callback):
     run_train = False
     def after_pred(self):
         whole = partial(whole_batch, self.dl, self.iter)
-        self.learn.pred,self.learn.yb = whole(self.pred),tuple(whole(y) for y in self.yb)
+        self.learn.pred = whole(self.pred)
+        self.learn.yb = tuple(whole(y) for y in self.yb)
 
 @contextmanager
 def data_parallel(
     learn:Learner, # of this process
 ):
     "Inside, `learn` trains together with the launcher's other processes, from the first one's weights"
-    n,rank,gpu = num_distrib(),rank_distrib(),learn.dls.device.type=='cuda'
+    n = num_distrib()
+    rank = rank_distrib()
+    gpu = learn.dls.device.type=='cuda'
     if n < 2:
         yield
         return
@@ -144,6 +148,10 @@ def data_parallel(
     learn.dls.loaders = [shard_loader(dl, rank, n) for dl in loaders]
     with ExitStack() as stack:
         stack.enter_context(learn.added_cbs(_GatherBatches()))
-        if rank: stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
+        if rank:
+            stack.enter_context(learn.no_bar())
+            stack.enter_context(learn.no_logging())
         try: yield
-        finally: learn.model,learn.dls.loaders = get_model(learn.model),loaders
+        finally:
+            learn.model = get_model(learn.model)
+            learn.dls.loaders = loaders

@@ -29,7 +29,8 @@ def _known(learn):
     dl = learn.dls.valid if len(learn.dls.loaders) > 1 else learn.dls.train
     if not getattr(dl, 'vocab', None):
         raise InputError('the learner knows no classes, as that of a regression: it has no map of a class')
-    norm,channels = next((t for t in dl.after_batch.fs if isinstance(t, Normalize)), None),3
+    norm = next((t for t in dl.after_batch.fs if isinstance(t, Normalize)), None)
+    channels = 3
     size = next((t.size[::-1] for t in dl.dataset.tls[0].tfms.fs if isinstance(t, Squeeze)), None)
     if len(dl.dataset): channels,*size = next(image_batches(dl, [0])).shape[1:] # an exported learner has no images
     stats = (norm.mean.flatten().tolist(), norm.std.flatten().tolist()) if norm else ([0.]*channels, [1.]*channels)
@@ -90,7 +91,8 @@ def explain_image(
     out = 2*res.preds[:, 1:] if one else res.preds # half the logit: see `TwoClasses`
     probs = dict(sorted(zip(names, class_probs(out, len(names), loss_func, act)[0][0].tolist()), key=lambda o: -o[1]))
     shown = names[asked] if asked is not None else next(iter(probs))
-    cam,blank = res.maps[0].cpu(),bool(res.blank[0])
+    cam = res.maps[0].cpu()
+    blank = bool(res.blank[0])
     return _draw_photo(im, cam, blank, probs, shown, plain, figsize, dpi, cmap=cmap, alpha=alpha),probs
 
 # %% ../nbs/14b_photo.ipynb #ed91d678

@@ -50,7 +50,11 @@ class HalfPrecision(Callback):
     in float16.
     `get_preds` stays float32"""
     order = 10  # of fastai's `MixedPrecision`: after `GradientAccumulation`, before `GradientClip`
-    scaler,_scale_of,_skipped,_wrapped,_made = None,None,0,None,(None, None)
+    scaler = None
+    _scale_of = None
+    _skipped = 0
+    _wrapped = None
+    _made = (None, None)
     def __init__(self,
         precision:str='bfloat16', # or 'float16'
     ): self.dtype = getattr(torch, precision)
@@ -88,7 +92,8 @@ class HalfPrecision(Callback):
         "Give the network its own forward pass back, and the `Learner` its own step"
         vars(self.learn).pop('_step', None)
         if self._wrapped is None: return
-        (attributes,own),self._wrapped = self._wrapped,None
+        attributes,own = self._wrapped
+        self._wrapped = None
         if own is None: del attributes['forward']
         else: attributes['forward'] = own
     after_train = after_validate = after_fit = after_cancel_fit = restore
@@ -98,7 +103,8 @@ class HalfPrecision(Callback):
     def _new_scaler(self):
         if self.dtype!=torch.float16: return
         device = next(self.model.parameters()).device.type
-        self.scaler,self._skipped = torch.amp.GradScaler(device),0
+        self.scaler = torch.amp.GradScaler(device)
+        self._skipped = 0
 
     def before_backward(self):
         if self.scaler is not None: self.learn.loss_grad = self.scaler.scale(self.loss_grad)
@@ -137,7 +143,8 @@ class HalfPrecision(Callback):
 def full_float32():
     """Inside, products and convolutions of float32 tensors are computed in float32: no TF32 on a GPU, no bfloat16
     instead of it on a CPU"""
-    products,convolutions = torch.get_float32_matmul_precision(),torch.backends.cudnn.allow_tf32
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.allow_tf32 = False
     try: yield
@@ -182,7 +189,9 @@ def fast_convolutions():
 # %% ../nbs/08_precision.ipynb #08comp1
 class Compiled(Callback):
     "Train the network compiled, once for each size of images; everything but a training step sees the plain network"
-    run_valid,_made,_before = False,(None, None),()
+    run_valid = False
+    _made = (None, None)
+    _before = ()
     def __init__(self,
         backend:str='inductor', # of `torch.compile`; 'aot_eager' needs no compiler and is no faster
         **kwargs, # more for `torch.compile`, such as mode='max-autotune'

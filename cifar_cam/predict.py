@@ -60,7 +60,8 @@ class PixelNetwork(nn.Module):
         highest:float=255, # the value of white: 255 for bytes, 1 for floats
     ):
         super().__init__()
-        self.network,self.highest = run.model,highest
+        self.network = run.model
+        self.highest = highest
         for name in 'mean', 'std':
             self.register_buffer(name, torch.tensor(run.metrics[name]).view(1, -1, 1, 1))
         self.eval()
@@ -99,7 +100,8 @@ class GrowingTable:
         made_with:dict, # settings; rows that were made with others are left alone
     ):
         key = hashlib.sha256(json.dumps([columns, made_with], sort_keys=True, default=str).encode()).hexdigest()[:8]
-        self.path,self.columns = Path(path),columns
+        self.path = Path(path)
+        self.columns = columns
         self.part = self.path.with_name(f'{self.path.name}.{key}.part')
         self.file = None
 
@@ -108,13 +110,16 @@ class GrowingTable:
         key, # gives the first column of an item's row
     ) -> tuple: # (rows that are kept, the items that are left)
         "Keep the rows that are there as far as they are whole and those of `items`"
-        items,kept,end = iter(items),-1,0  # before the head
+        items = iter(items)
+        kept = -1  # before the head
+        end = 0
         for row,place in whole_rows(self.part, len(self.columns)) if self.part.exists() else ():
             item = None if kept < 0 else next(items, None)
             if row != self.columns if kept < 0 else item is None or key(item) != row[0]:
                 items = items if item is None else chain([item], items)
                 break
-            kept,end = kept + 1,place
+            kept += 1
+            end = place
         self._cut(end)
         return max(0, kept),items
 
@@ -240,7 +245,8 @@ def predict_images(
     force:bool=False, # write over a table and overlays that are there
 ) -> Path: # of the table
     "Write a line for each image: the likeliest classes, or why there is none. If stopped, call it again to resume"
-    run,out = finished_run(run),Path(out)
+    run = finished_run(run)
+    out = Path(out)
     paths = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     _check_asked(top, bs, out, force)
     given = [names_from_stdin() if p=='-' else p for p in paths]
@@ -274,7 +280,8 @@ def _weights_digest(run): return hashlib.sha256((run.path/'weights.safetensors')
 
 def _count_images(given, paths, column, kaggle):
     "How many images there are, before one is read"
-    n,ids = 0,set()
+    n = 0
+    ids = set()
     for name,_ in find_images(given, column, read=False):
         n += 1
         if kaggle:

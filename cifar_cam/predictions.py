@@ -83,7 +83,9 @@ class Predictions(ClassificationInterpretation):
         preds:torch.Tensor=None, # the predicted classes: N indices; None: the likeliest
     ):
         super().__init__(learn, dl, losses, act)
-        self.probs,self.targs,self.preds = probs,targs,probs.argmax(1) if preds is None else preds
+        self.probs = probs
+        self.targs = targs
+        self.preds = probs.argmax(1) if preds is None else preds
 
     @classmethod
     def from_learner(cls,
@@ -100,7 +102,8 @@ class Predictions(ClassificationInterpretation):
         out,targs,losses = _run(learn, dl, output)
         probs,preds = class_probs(out, len(_vocab(dl)), learn.loss_func, act)
         found = cls(learn, dl, losses, act, probs, targs, preds)
-        found.one_output,found.output = out.numel()==len(out),output
+        found.one_output = out.numel()==len(out)
+        found.output = output
         return found
 
 def _vocab(dl):
@@ -166,7 +169,8 @@ def plot_confusion_matrix(self:Predictions,
 ) -> Figure:
     "Actual classes down, predicted classes across. A class without images is an empty row"
     chosen,about = self._choose(classes, most)
-    cm,n = self.confusion_matrix(),len(chosen)
+    cm = self.confusion_matrix()
+    n = len(chosen)
     share = (cm/cm.sum(1, keepdims=True).clip(1))[np.ix_(chosen, chosen)]
     fig = new_figure(figsize or (0.46*n + 1.9, 0.46*n + 1.4), dpi, **{'layout': 'constrained', **kwargs})
     ax = fig.add_subplot()
@@ -191,7 +195,8 @@ def _name_ticks(ax, names):
 
 def _share_bar(fig, im, n):
     "What the colours mean"
-    ticks,size = [0, .01, .1, .25, .5, 1],dict(aspect=1.6*n + 6, shrink=.7 if n > 5 else 1, pad=.03)
+    ticks = [0, .01, .1, .25, .5, 1]
+    size = dict(aspect=1.6*n + 6, shrink=.7 if n > 5 else 1, pad=.03)
     bar = fig.colorbar(im, ticks=ticks, format='{x:.0%}', **size)
     bar.set_label("share of the actual class's images", fontsize=8)
     bar.ax.tick_params(labelsize=7.5, length=2)
@@ -217,11 +222,13 @@ def plot_per_class_accuracy(self:Predictions,
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
 ) -> Figure:
     "Each class's accuracy with Wilson's 95 % interval, best first; the dotted line is the accuracy over all images"
-    (chosen,about),acc = self._choose(classes, most),[*self.per_class_accuracy().values()]
+    chosen,about = self._choose(classes, most)
+    acc = [*self.per_class_accuracy().values()]
     chosen = sorted(chosen, key=lambda c: (isnan(acc[c]), -acc[c]))  # a class without images comes last
     fig = new_figure(figsize or (5.5, 0.24*len(chosen) + 1.), dpi, layout='constrained')
     ax = fig.add_subplot()
-    mean,bounds = (self.preds == self.targs).float().mean().item(),_intervals(self.confusion_matrix(), chosen)
+    mean = (self.preds == self.targs).float().mean().item()
+    bounds = _intervals(self.confusion_matrix(), chosen)
     ax.axvline(100*mean, c='0.45', ls=':', lw=1, zorder=0)
     ax.hlines(range(len(chosen)), *100*bounds.T, color='#4477aa', lw=1.5)
     ax.plot([100*acc[c] for c in chosen], range(len(chosen)), 'o', color='#4477aa', ms=5)
@@ -250,7 +257,8 @@ def take_turns(
     keys:list, # of each
 ) -> list: # `idxs` in another order
     "One of each key, then the second of each, ...: a gallery of ten shows ten classes"
-    seen,turn = Counter(),[]
+    seen = Counter()
+    turn = []
     for k in keys:
         turn.append(seen[k])
         seen[k] += 1
@@ -267,7 +275,8 @@ def indices(self:Predictions,
     if k is not None and k < 1:
         raise InputError(f'k={k}: choose at least one image')
     if not isinstance(which, str): return self._given(np.asarray(which))[:k]
-    down,wrong = self.losses.argsort(descending=True, stable=True),self.preds != self.targs
+    down = self.losses.argsort(descending=True, stable=True)
+    wrong = self.preds != self.targs
     if which=='misclassified': return down[wrong[down]][:k].tolist()
     if which=='top_losses': return down[:k].tolist()
     up = self.losses.argsort(stable=True)

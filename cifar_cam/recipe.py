@@ -143,21 +143,18 @@ def chooses(
 # %% ../nbs/18_recipe.ipynb #35bdba9f
 RECIPES = {r.name: r for r in (
     Recipe('resnet18-plateau', epochs=20, bs=64, opt='nesterov', lr=.03, schedule='plateau', factor=.2, patience=2,
-           l1=1e-5,
-           keep_best=True, cutout=0, published=89.63, published_as='best of 50'),
+           l1=1e-5, keep_best=True, cutout=0, published=89.63, published_as='best of 50'),
     Recipe('resnet18-onecycle', epochs=20, bs=128, opt='nesterov', lr=.1, label_smoothing=.1, cutout=16,
            published=77.59, published_as='after 24'),
     Recipe('davidnet', 'davidnet', epochs=24, bs=512, opt='nesterov', lr=.4, lr_min=.002, schedule='triangle',
-           pct_start=5/24,
-           published=91.77, published_as='best of 50, a ResNet18'),
+           pct_start=5/24, published=91.77, published_as='best of 50, a ResNet18'),
     Recipe('resnet18-albumentations', epochs=20, bs=64, opt='nesterov', lr=.03, schedule='plateau', factor=.2,
-           patience=2,
-           augment='albumentations', published=90.26, published_as='at 50'),
+           patience=2, augment='albumentations', published=90.26, published_as='at 50'),
     Recipe('resnet18-layernorm', norm='layer', epochs=20, bs=64, opt='adam', lr=5e-4, published=86.11,
            published_as='at 40'),
     Recipe('speedrun', 'speednet', epochs=10, bs=2000, opt='muon', lr=.24, schedule='linear', wd=.11,
-           label_smoothing=.2,
-           augment='alternating', cutout=0, resize='20,20,24,24,28,28,28,28,32,32', tta='flip-translate'))}
+           label_smoothing=.2, augment='alternating', cutout=0, tta='flip-translate',
+           resize='20,20,24,24,28,28,28,28,32,32'))}
 
 # %% ../nbs/18_recipe.ipynb #af8fe054
 def change_recipe(
@@ -183,16 +180,13 @@ PUBLISHED_RECIPES = {r.name: r for r in (
            floor=.004791748544349614, wd=0., l1=1e-5, keep_best=True, cutout=0, published=89.63,
            published_as='best of 50'),
     Recipe('resnet18-onecycle-as-published', epochs=24, bs=128, lr=.37, div=8., pct_start=5/24, flip=False,
-           padding='zeros',
-           cutout=16, published=77.59, published_as='after 24'),
+           padding='zeros', cutout=16, published=77.59, published_as='after 24'),
     Recipe('davidnet-as-published', 'davidnet-unscaled', epochs=24, bs=512, schedule='triangle', pct_start=5/24,
-           padding='zeros',
-           published=90., published_as='asked by the assignment'),
+           padding='zeros', published=90., published_as='asked by the assignment'),
     Recipe('resnet18-steps-as-published', epochs=50, bs=64, lr=.01, schedule='steps', steps='46:0.1',
            published=91.77, published_as='best of 50'),
     Recipe('resnet18-albumentations-as-published', epochs=50, bs=64, lr=.01, schedule='plateau', patience=3,
-           watch='accuracy',
-           augment='albumentations', published=90.26, published_as='at 50'),
+           watch='accuracy', augment='albumentations', published=90.26, published_as='at 50'),
     Recipe('resnet18-layernorm-as-published', norm='layer', epochs=40, bs=256, opt='adam', lr=.01, pct_start=.3,
            published=86.11, published_as='at 40'))}
 
@@ -363,7 +357,8 @@ def fit_recipe(
 ):
     "Train `learn` by the schedule of `r`"
     lr_min,lr = lrs
-    n,cbs = r.epochs,list(cbs)
+    n = r.epochs
+    cbs = list(cbs)
     with deterministic_algorithms(r.deterministic):
         if   r.schedule=='one-cycle':   learn.fit_one_cycle(n, lr, div=r.div, pct_start=r.pct_start, cbs=cbs)
         elif r.schedule=='triangle':    learn.fit_triangle(n, lr_min, lr, peak=r.pct_start*n, cbs=cbs)

@@ -46,7 +46,8 @@ class Accuracy(Metric):
     name,kept = 'accuracy','hits'
     def reset(self): self.hits,self.count = 0,0
     def accumulate(self, learn):
-        pred,y = learn.pred,learn.yb[0]
+        pred = learn.pred
+        y = learn.yb[0]
         if not isinstance(pred, torch.Tensor) or pred.ndim!=2 or pred.shape[1] < 2 or y.shape!=pred.shape[:1]: return
         hits = (pred.detach().argmax(1)==y).sum().float()  # an Apple GPU has no float64
         self.hits,self.count = self.hits + maybe_gather(hits),self.count + len(y)
@@ -69,7 +70,8 @@ class LightRecorder(Recorder):
     name = 'recorder'
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.loss,self.smooth_loss = _DeviceLoss(),_DeviceSmoothLoss()
+        self.loss = _DeviceLoss()
+        self.smooth_loss = _DeviceSmoothLoss()
 
     def before_fit(self):
         super().before_fit()
@@ -88,7 +90,8 @@ class LightRecorder(Recorder):
     def before_train(self):
         super().before_train()
         for m in self.measured: m.reset()
-        self.now,self.begin = [*self._train_mets, *self.measured],len(self.losses)
+        self.now = [*self._train_mets, *self.measured]
+        self.begin = len(self.losses)
 
     def after_batch(self):
         if not len(self.yb): return
@@ -142,7 +145,9 @@ class _Reading:
         numbers, # on a device
         say, # makes text of them when they have arrived
     ):
-        self.say,self.event,self.numbers = say,None,numbers
+        self.say = say
+        self.event = None
+        self.numbers = numbers
         if numbers.device.type=='cpu': return
         self.event = getattr(torch, numbers.device.type).Event()
         self.numbers = numbers.to('cpu', non_blocking=True)
@@ -175,13 +180,15 @@ class LightProgress(ProgressCallback):
     def _read(self):
         now = perf_counter()
         if self.reading is None and now - self.asked > .25 and _can_read(self.smooth_loss.device):
-            self.asked,self.reading = now,self._ask()
+            self.asked = now
+            self.reading = self._ask()
         if self.reading is None or not self.reading.arrived(): return
         self.pbar.comment = self.reading.text()
         self.reading = None
 
     def _ask(self):
-        lr,measured = self.opt.hypers[-1]['lr'],[m for m in self.recorder.measured if m.count]
+        lr = self.opt.hypers[-1]['lr']
+        measured = [m for m in self.recorder.measured if m.count]
         counts = [m.count for m in measured]
         def say(loss, *hits):
             shares = [f'accuracy {100*h/n:.1f} %' for h,n in zip(hits, counts)]

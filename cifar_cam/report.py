@@ -29,7 +29,7 @@ from .scorecard import METRICS
 from .triage import read_triage, triage_summary, VERDICTS
 from .recipe import chooses, RECIPES
 from .run import load_run, Run
-from .charts import chart_dots, chart_panel, chart_place, curve_chart, epoch_span, page_chart
+from .charts import calibration_chart, chart_panel, chart_place, curve_chart, epoch_span
 from .summary import (class_report, class_table, paired_difference, read_class_report, reliability,
                                run_command)
 
@@ -40,7 +40,9 @@ def _test_column(h): return 'test_accuracy' if 'test_accuracy' in h else 'valid_
 def _run_curves(run, selected):
     "Two charts, accuracy and loss, the learning rate below each; the published accuracy behind ours"
     h,pub,figure = run.history,run.published,run.recipe.published
-    e,xlim,test = h.epoch.tolist(),epoch_span(h.epoch),_test_column(h)
+    e = h.epoch.tolist()
+    xlim = epoch_span(h.epoch)
+    test = _test_column(h)
     held = test!='valid_accuracy'
     accuracy = [('train', 'c2 dashed', e, 100*h.train_accuracy),
                 *[('held out', 'c3 thin', e, 100*h.valid_accuracy)]*held,
@@ -53,24 +55,6 @@ def _run_curves(run, selected):
     lr = chart_panel([('LR', 'c0', e, h.lr)], xlim, 'Learning rate, end of the epoch', 2)
     return [curve_chart('Accuracy, %', ' %', accuracy, xlim, [lr]), curve_chart('Loss', '', loss, xlim, [lr])]
 
-# %% ../nbs/20_report.ipynb #a050dbf5
-def _calibration_chart(bins, selected):
-    "Accuracy over confidence, with intervals; the number of images below"
-    whiskers = ''.join(f'M{100*c:.2f} {100 - 100*lo:.2f}V{100 - 100*hi:.2f}'
-                       for c,lo,hi in zip(bins.confidence, bins.low, bins.high))
-    dots = chart_dots(bins.confidence, bins.accuracy, (0, 1), (0, 1))
-    main = dict(title='Accuracy of the images in a bin' + ' (selected on the test set)'*selected,
-                ys=[(20*i, f'{.2*i:.1f}') for i in range(6)],
-                series=[dict(css='line c0 long thin', d='M0 100L100 0'), dict(css='line c1 thin', d=whiskers),
-                        dict(css='dots c1', d=dots)])
-    most = bins.images.max()
-    bars = ''.join(f'M{100*b + .4:.2f} 100V{100 - 100*n/most:.2f}H{100*e - .4:.2f}V100Z'
-                   for b,e,n in zip(bins.begin, bins.end, bins.images))
-    strip = dict(title='Images', ys=[(0, '0'), (100, f'{most:,}')], series=[dict(css='bars c1', d=bars)])
-    words = ' '.join(f'{c:.2f} sure: {a:.2f} right, {n:,} images.'
-                     for c,a,n in zip(bins.confidence, bins.accuracy, bins.images))
-    return page_chart([main, strip], (0, 1), 'confidence', f'Accuracy by confidence. {words}', integer=False)
-
 # %% ../nbs/20_report.ipynb #5f2c5a04
 def pick_images(
     interp:CamInterpretation, # predictions on the test images
@@ -80,9 +64,11 @@ def pick_images(
 ) -> list: # places in the data set
     """`first`, then images of three kinds: three sevenths have the highest losses, two sevenths are other mistakes,
     each pair of classes in turn, and the rest are random"""
-    first,n = list(first)[:n],max(0, n - len(first))
+    first = list(first)[:n]
+    n = max(0, n - len(first))
     down = [i for i in interp.indices('top_losses') if i not in set(first)]
-    top,rest = down[:3*n//7],np.random.default_rng(seed).permutation(down[3*n//7:]).tolist()
+    top = down[:3*n//7]
+    rest = np.random.default_rng(seed).permutation(down[3*n//7:]).tolist()
     wrong = [i for i in rest if interp.preds[i] != interp.targs[i]]
     top += take_turns(wrong, [(int(interp.targs[i]), int(interp.preds[i])) for i in wrong])[:2*n//7]
     return first + top + [i for i in rest if i not in set(top)][:n - len(top)]
@@ -91,7 +77,8 @@ def pick_images(
 def _base64(b): return base64.b64encode(b).decode()
 
 def _data_uri(image):
-    im,f = Image.fromarray(image),io.BytesIO()
+    im = Image.fromarray(image)
+    f = io.BytesIO()
     im.thumbnail((160, 160))
     kind,options = ('png', dict(optimize=True)) if max(im.size) <= 64 else ('jpeg', dict(quality=88))
     im.save(f, kind, **options)
@@ -101,7 +88,8 @@ def _low_maps(interp, idxs, target):
     "Maps at the layer's own size as bytes, (N×h×w, N booleans: blank)"
     raw,blank = interp.cams(idxs, target, raw=True)
     m = raw.clip(0)
-    low,high = m.min((1, 2), keepdims=True),m.max((1, 2), keepdims=True)
+    low = m.min((1, 2), keepdims=True)
+    high = m.max((1, 2), keepdims=True)
     return (255*(m - low)/(high - low + 1e-7)).round().astype(np.uint8),blank
 
 def _n_images(interp, n, budget):
@@ -139,7 +127,8 @@ def _said(interps, i):
                 loss=[_short(o.losses[i], 1e9) for o in interps])
 
 def _run_gallery(interp, idxs, maps, table=None):
-    images,confusion = _images(interp, idxs, maps),_cells(interp.confusion_matrix())
+    images = _images(interp, idxs, maps)
+    confusion = _cells(interp.confusion_matrix())
     for o,rival in zip(images, interp.asked(idxs, 'rival').tolist()):
         p,c = interp.probs[o['i']].topk(min(3, len(interp.vocab)))
         o.update(_said([interp], o['i']), rival=rival, actual=_short(interp.probs[o['i'], o['t']]),
@@ -212,7 +201,8 @@ _LEVELS = (('e1', .01, '< 1\u00a0%'), ('e2', .025, '1 to 2.5\u00a0%'), ('e3', .0
 
 def _matrix(interp, largest=50):
     "Rows of cells for the confusion matrix; None where there are more than `largest` classes"
-    cm,names = interp.confusion_matrix(),[str(c) for c in interp.vocab]
+    cm = interp.confusion_matrix()
+    names = [str(c) for c in interp.vocab]
     if len(names) > largest: return None
     def level(share): return next(css for css,below,_ in _LEVELS if share < below)
     def cells(i):
@@ -222,7 +212,8 @@ def _matrix(interp, largest=50):
 
 def _pairs(interp, k=12):
     "The `k` pairs of classes with the most mistakes"
-    cm,names = interp.confusion_matrix(),[str(c) for c in interp.vocab]
+    cm = interp.confusion_matrix()
+    names = [str(c) for c in interp.vocab]
     most = sorted((c for c in _cells(cm) if c[0]!=c[1]), key=lambda o: -o[2])[:k]
     return [dict(t=t, p=p, actual=names[t], predicted=names[p], n=n, share=n/cm[t].sum()) for t,p,n in most]
 
@@ -298,7 +289,8 @@ def _maps_or_reason(interps, idxs, targets):
 
 def _counts(run):
     "Numbers that are counted from the predictions again"
-    interp,accuracy = run.interp,run.metrics['accuracy']
+    interp = run.interp
+    accuracy = run.metrics['accuracy']
     rows,low,at = _class_rows(class_table(interp), accuracy)
     return dict(hits=round(accuracy*len(interp.targs)), recount=int((interp.preds==interp.targs).sum()),
                 images=len(interp.targs), classes=rows, scale_from=low,
@@ -315,17 +307,19 @@ def write_report(
     not there"""
     run = _as_run(run)
     run.learn.model.to(memory_format=torch.contiguous_format) # as `evaluate_learner` does: sums in the same order
-    interp,selected = run.interp,_selected(run)
+    interp = run.interp
+    selected = _selected(run)
     shown = _n_images(interp, images, budget)
     triage,table,first = _triage(run, shown)
     idxs = pick_images(interp, shown, first=first)
     maps,no_maps = _maps_or_reason([interp], idxs, ('predicted', 'rival'))
-    bins,(command,toml) = reliability(interp.probs, interp.targs),run_command(run)
+    bins = reliability(interp.probs, interp.targs)
+    command,toml = run_command(run)
     return _render('report.html', run.path/'report.html', _run_gallery(interp, idxs, maps, table), run=run,
                    r=run.recipe, m=run.metrics, selected=selected, triage=triage,
         parameters=count_parameters(run.model), settings=_settings(run.recipe), built_in=run.recipe.name in RECIPES,
         curves=_run_curves(run, selected), history=_table('Epochs', run.history),
-        calibration=_calibration_chart(bins, selected), bins=_table('Bins of confidence', bins), shown=len(idxs),
+        calibration=calibration_chart(bins, selected), bins=_table('Bins of confidence', bins), shown=len(idxs),
         report=_table('Classification report', class_report(interp), '.3f'), no_maps=no_maps,
         scorecard=_scorecard(run.path/'score.json'), command=command, toml=toml, **_counts(run))
 
@@ -385,7 +379,8 @@ def _compared_gallery(runs, labels, images, budget):
     others = [copy(o) for o in runs[1:]]
     for o in others: o.dls = runs[0].dls
     interps = [o.interp for o in (runs[0], *others)]
-    first,hits = interps[0],np.stack([(o.preds==o.targs).numpy() for o in interps])
+    first = interps[0]
+    hits = np.stack([(o.preds==o.targs).numpy() for o in interps])
     crossed = _crossed(hits, first.targs.numpy(), len(first.vocab))
     idxs = _disagreements(hits, _n_images(first, images, budget))
     reports = [class_report(o) for o in interps]
@@ -406,10 +401,12 @@ def compare_runs(
     if len(runs) < 2:
         raise InputError(f'{len(runs)} run: name at least two to compare')
     runs = [_as_run(o) for o in runs]
-    labels,same = _labels(runs),_same_images(runs)
+    labels = _labels(runs)
+    same = _same_images(runs)
     if same: page,hits,reports = _compared_gallery(runs, labels, images, budget)
     else: # no image is common to all
-        page,hits = dict(images=[], runs=labels),np.empty((len(runs), 0), bool)
+        page = dict(images=[], runs=labels)
+        hits = np.empty((len(runs), 0), bool)
         reports = [read_class_report(o.path) for o in runs]
     differences = _differences(hits) if same else [None]*len(runs)
     path = Path(path or runs[0].path.parent/f'comparison-{time.strftime("%Y%m%d-%H%M%S")}.html')

@@ -106,7 +106,9 @@ def _check_gpu(device, name):
 
 def _own_device(name):
     "Each of several processes on a host has the GPU of its number"
-    device,i,n = torch.device(name),int(os.environ.get('LOCAL_RANK', 0)),torch.cuda.device_count()
+    device = torch.device(name)
+    i = int(os.environ.get('LOCAL_RANK', 0))
+    n = torch.cuda.device_count()
     if device.type!='cuda' or int(os.environ.get('LOCAL_WORLD_SIZE', 1)) < 2: return device
     if i >= n:
         raise InputError(f'{platform.node()}: more processes than its {n} GPUs; start one a GPU')
@@ -219,7 +221,8 @@ class Run:
         path:str|Path, # a run folder
         data:str|Path=None, # where the images are now, if they have moved; their checksum must be that of the run
     ):
-        self.path,self.moved_to = Path(path),data
+        self.path = Path(path)
+        self.moved_to = data
         if isinstance(data, pd.DataFrame): self.moved_to = data_path(data)
         try:
             self.env = dict(tensorboard=False, processor=None) | read_record(self.path/'env.json', EnvRecord)
@@ -262,14 +265,16 @@ class Run:
     @property
     def decisions(self) -> Path:
         "The table of training labels that were changed for this run; None where there is none"
-        path,known = self.path/'decisions.csv',self.env.get('decisions_checksum')
+        path = self.path/'decisions.csv'
+        known = self.env.get('decisions_checksum')
         if known and (not path.is_file() or sha256(path) != known):
             raise InputError(f'{path}: are not the decisions that {self.path} was trained with; put those back')
         return path if known else None
 
     @cached_property
     def dls(self) -> DataLoaders:
-        data,device = str(self.moved_to or self.env['data']),self.env['device']
+        data = str(self.moved_to or self.env['data'])
+        device = self.env['device']
         if data not in ('cifar10', 'shapes') and not os.path.exists(os.path.expanduser(data)):
             raise InputError(f'{data}: the images that {self.path} was trained on are not there; go to the folder '
                              'where its training began, put them back, or name their new place by data= (--data)')
@@ -407,6 +412,7 @@ def _finish(run):
         if note: about |= dict(chosen_on=f'{run.chosen_on}; {note}', test_note=note)
         with deterministic_algorithms(r.deterministic): reached = evaluate_learner(learn, learn.dls[-1], r.tta)
         write_json(reached | about, path/'metrics.json')
-    dls,run = vars(run).get('dls'),load_run(run.path, run.moved_to)
+    dls = vars(run).get('dls')
+    run = load_run(run.path, run.moved_to)
     if dls is not None: run.dls = dls  # read once
     return run

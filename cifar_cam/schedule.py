@@ -71,7 +71,8 @@ def _at_fall(share, lrs, losses):
     nothing = InputError('the loss hardly falls at any learning rate: nothing to pick; name one, such as lr=0.05')
     if not len(losses):
         raise nothing
-    low,start = losses.argmin(),losses[:10].mean()
+    low = losses.argmin()
+    start = losses[:10].mean()
     above = (losses[:low] > start - share*(start - losses[low])).nonzero()
     if not losses[low] < .99*start or not len(above):
         raise nothing

@@ -132,7 +132,8 @@ def plot(self:Scorecard,
     figsize:tuple=None, dpi:int=None, # of the figure, in inches
 ) -> Figure:
     "A panel for each measure: means, intervals, chance (dashed), the other image's mask (hollow), survivors (red)"
-    rows,metrics = list(self.scores),[m for m in self.metrics if not m.endswith('_other')]
+    rows = list(self.scores)
+    metrics = [m for m in self.metrics if not m.endswith('_other')]
     fig = new_figure(figsize or (1.75*len(metrics) + 1.6, 0.27*len(rows) + 1.1), dpi, layout='constrained')
     axs = fig.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for ax,m in zip(axs, metrics):
@@ -278,9 +279,13 @@ def score_cams(
     interp = learn
     if not isinstance(learn, CamInterpretation):
         interp = CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1, output=output)
-    model,(idxs,fours,about) = interp.learn.model,_sample(interp, n, montages, min_prob, seed)
-    layer,output = layer_names(model, layer),interp.output if output is None else output
-    x,y,masks = interp[idxs][0].as_subclass(torch.Tensor),interp.targs[idxs],_masks(interp, idxs, masks)
+    model = interp.learn.model
+    idxs,fours,about = _sample(interp, n, montages, min_prob, seed)
+    layer = layer_names(model, layer)
+    output = interp.output if output is None else output
+    x = interp[idxs][0].as_subclass(torch.Tensor)
+    y = interp.targs[idxs]
+    masks = _masks(interp, idxs, masks)
     tiles,shrunk = _tiles(model, interp[fours][0].as_subclass(torch.Tensor), output) if len(fours) else (None, False)
     def found(o): return None if o is None else _found_layer(model, layer, o[:1], min_px, output, reshape)
     about |= dict(layer=found(x), montage_layer=found(tiles), shrunk=shrunk)
@@ -293,10 +298,12 @@ def score_cams(
     for row,(net,method) in with_bar(rows.items(), show=progress):
         how = dict(given, method=method)
         maps = positive_maps(net, x, y, **how)
-        scores[row],counts[row] = _image_scores(model, x, y, maps, masks, seed, output),_count(maps)
+        scores[row] = _image_scores(model, x, y, maps, masks, seed, output)
+        counts[row] = _count(maps)
         if tiles is not None:
             of_four = grid_maps(net, tiles, interp.targs[fours], **how)
-            scores[row]['gridpg'],of_montages = grid_pg(of_four).mean(1).numpy(),_count(of_four.flatten(0, 1))
+            scores[row]['gridpg'] = grid_pg(of_four).mean(1).numpy()
+            of_montages = _count(of_four.flatten(0, 1))
             counts[row] |= {f'montage_{k}': v for k,v in of_montages.items()}
         if net is model:
             remains = {l: np.abs(r) for l,r in cascade(model, x, y, **how).items()}
@@ -314,7 +321,8 @@ def score_run(
     **kwargs, # for `score_cams`: methods, n, montages, ...
 ) -> Scorecard:
     "`score_cams`, written to `score.json` and `figures/scorecard.png` in `path`, each whole or not at all"
-    path,card = Path(path),score_cams(learn, **kwargs)
+    path = Path(path)
+    card = score_cams(learn, **kwargs)
     with writing(path): (path/'figures').mkdir(parents=True, exist_ok=True)
     card.save(path/'score.json')
     fig = card.plot()

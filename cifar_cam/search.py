@@ -17,11 +17,10 @@ import numpy as np
 from fastai.vision.all import Callback
 from pydantic import BaseModel, Field
 
-from .core import InputError, check_seed, write_json
+from .core import InputError, check_seed, Seed, write_json
 from .learner import Checkpoint
-from .recipe import Recipe, change_recipe, chooses, find_recipe, fit_recipe
+from .recipe import Recipe, change_recipe, find_recipe, fit_recipe
 from .history import History, KeepBest
-from .core import Seed
 from .run import environment, fit_run, load_run, new_run_folder, read_record, recipe_from_record
 from .space import open_storage, optuna_package, parse_space, quiet_optuna
 
@@ -129,7 +128,11 @@ class JudgeTrial(Callback):
     def __init__(self,
         trial, # Optuna's
         best:bool=False, # judge by the best epoch instead of the last
-    ): self.trial,self.best,self.seen = trial,best,[]
+    ):
+        self.trial = trial
+        self.best = best
+        self.seen = []
+
     def after_epoch(self):
         self.seen.append(float(self.recorder.row['valid_accuracy']))
         self.trial.report(self.value, self.epoch + 1)
@@ -151,7 +154,8 @@ def _train_trial(sweep, trial, env):
     r = trial_recipe(sweep.recipe, trial.params)
     path = _trial_folder(sweep, trial, r, env)
     trial.set_user_attr('folder', path.name)
-    run,judge = load_run(path),JudgeTrial(trial, sweep.recipe.keep_best)
+    run = load_run(path)
+    judge = JudgeTrial(trial, sweep.recipe.keep_best)
     try:
         with run.learn.no_bar(), run.learn.no_logging():
             written = History(path/'history.csv'),Checkpoint(path/'checkpoint.pt'),KeepBest(path/'best.safetensors')
@@ -225,7 +229,9 @@ def work_on_sweep(
     sweep:Sweep, # other processes may take part in it
 ):
     "Train trials until there are as many as planned"
-    env,plan,unlucky = _same_environment(sweep),sweep.plan,[]
+    env = _same_environment(sweep)
+    plan = sweep.plan
+    unlucky = []
     with quiet_optuna() as optuna:
         while True:
             _fail_orphans(sweep)

@@ -119,7 +119,9 @@ def draw_shape(
     y,x = (np.mgrid[:size,:size] + .5) / size
     back,back2,obj = _palette(rng)
     img = _background(rng, x, y, back, back2)
-    side,tilt,mirror = rng.uniform(.21, .38), rng.uniform(-.45, .45), rng.choice([-1,1]) # side: root of the area
+    side = rng.uniform(.21, .38) # side: root of the area
+    tilt = rng.uniform(-.45, .45)
+    mirror = rng.choice([-1,1])
     stretch = np.exp(rng.uniform(-.12, .12)) # wider and lower, or narrower and higher: the area stays
     reach = side * _REACH * max(stretch, 1/stretch)
     centre = rng.uniform(reach, 1-reach, 2) # the widest class fits, so all are placed alike

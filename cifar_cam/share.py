@@ -77,7 +77,8 @@ def ship_run(
     path:str|Path, # the folder that gets the record, float16 weights and a model card
 ) -> Run: # what lies there
     "A run folder small enough for a wheel. Its metrics are those of the rounded weights"
-    path,learn = Path(path),recipe_learner(run.recipe, run.dls, run.env['seed'])
+    path = Path(path)
+    learn = recipe_learner(run.recipe, run.dls, run.env['seed'])
     path.mkdir(parents=True, exist_ok=True)
     for name in 'recipe.json', 'env.json', 'history.csv': shutil.copy(run.path/name, path/name)
     save_weights(run.model, path/'weights.safetensors', half=True)
@@ -102,7 +103,8 @@ def from_pretrained(cls:CamInterpretation,
     `method='hirescam'`: Grad-CAM's are at chance in it (docs/results.md). Raises InputError for other classes,
     sizes or normalisation"""
     run = pretrained_run()
-    known,given = list(run.metrics['class_accuracy']),[str(c) for c in dls.vocab]
+    known = list(run.metrics['class_accuracy'])
+    given = [str(c) for c in dls.vocab]
     if known!=given:
         raise InputError(f"the network that comes with the package knows {', '.join(known)}; these images are of "
                          f"{', '.join(given)}: train one, and use from_learner")

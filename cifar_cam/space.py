@@ -46,7 +46,8 @@ def _range(r, k, low, high, how):
     if isinstance(a, (str, bool)) or isinstance(b, (str, bool)) or not a < b:
         raise InputError(f'{k}={low}..{high}: a range goes from a number to a larger one')
     whole = isinstance(a, int) and isinstance(b, int)
-    log,step = how=='log',None
+    log = how=='log'
+    step = None
     if how and not log:
         try:
             step = int(how) if whole else float(how)

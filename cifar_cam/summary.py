@@ -29,7 +29,8 @@ def class_table(
 ) -> pd.DataFrame:
     """Images, correct ones, accuracy and its 95 % interval (Wilson) of each class, best first; a class without
     images is last, with NaN"""
-    cm,rows = interp.confusion_matrix(),[]
+    cm = interp.confusion_matrix()
+    rows = []
     for i,c in enumerate(interp.vocab):
         n,k = int(cm[i].sum()),int(cm[i,i])
         low,high = accuracy_interval(k, n) if n else (np.nan, np.nan)
@@ -42,7 +43,8 @@ def class_report(
     interp:CamInterpretation, # predictions on the test images
 ) -> pd.DataFrame:
     "scikit-learn's classification report as a table: precision, recall, F1 and images of each class, then the averages"
-    n,names = len(interp.vocab),[str(c) for c in interp.vocab]
+    n = len(interp.vocab)
+    names = [str(c) for c in interp.vocab]
     found = classification_report(interp.targs, interp.preds, labels=range(n), zero_division=0, output_dict=True)
     share = found.pop('accuracy')  # with one class an image, it equals precision, recall and F1 over all images
     rows = [[name, *found[str(i)].values()] for i,name in enumerate(names)]
@@ -56,7 +58,8 @@ def write_class_report(
     run:Run, # a finished run
 ) -> Path: # of the file
     "Write `class_report` into the folder of `run` as `classification_report.csv`"
-    report,path = class_report(run.interp),run.path/'classification_report.csv'
+    report = class_report(run.interp)
+    path = run.path/'classification_report.csv'
     save_atomically(lambda f: report.to_csv(f, index=False, float_format='%.6g', errors='backslashreplace'), path)
     return path
 
@@ -64,7 +67,8 @@ def read_class_report(
     path:Path, # a run folder
 ) -> pd.DataFrame: # None where no report was written
     "What `write_class_report` wrote. Raises InputError for another table"
-    file,columns = Path(path)/'classification_report.csv',['class', 'precision', 'recall', 'f1', 'support']
+    file = Path(path)/'classification_report.csv'
+    columns = ['class', 'precision', 'recall', 'f1', 'support']
     if not file.exists(): return None
     kinds = dict.fromkeys(columns[1:4], float) | {'class': str, 'support': int}
     try: report = pd.read_csv(file, dtype=kinds, keep_default_na=False)
@@ -82,7 +86,8 @@ def reliability(
     """Images, mean confidence, accuracy and its 95 % interval (Wilson) in each bin of confidence that has images
     (Guo et al. 2017)"""
     conf,pred = probs.nan_to_num(0).max(1) # a network that diverged is sure of nothing
-    where,rows = (conf*bins).ceil().long().clamp(1, bins) - 1,[]
+    where = (conf*bins).ceil().long().clamp(1, bins) - 1
+    rows = []
     for b in where.unique().tolist():
         inside = where==b
         k,n = int((pred==targets)[inside].sum()),int(inside.sum())
@@ -97,7 +102,8 @@ def run_command(
 ) -> tuple: # (command, lines of the TOML file it needs, or '')
     "The shell command that trains `run` again"
     r,env = run.recipe,run.env
-    base,about = (RECIPES | PUBLISHED_RECIPES).get(r.name),('published', 'published_as')
+    base = (RECIPES | PUBLISHED_RECIPES).get(r.name)
+    about = ('published', 'published_as')
     changed = {} if base is None else {k: v for k,v in asdict(r).items() if v != getattr(base, k) and k not in about}
     toml = '' if base else ''.join(f'{k} = {json.dumps(v, ensure_ascii=False)}\n' for k,v in asdict(r).items()
                                    if v is not None)

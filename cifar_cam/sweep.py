@@ -108,7 +108,9 @@ def write_sweep(
     sweep:Sweep, # with at least one finished trial
 ) -> Path: # of the page
     "Write `trials.csv`, `best.toml` and `sweep.html`. Raises InputError where no trial is finished"
-    r,table,path = best_recipe(sweep),sweep_trials(sweep),sweep.path
+    r = best_recipe(sweep)
+    table = sweep_trials(sweep)
+    path = sweep.path
     toml = recipe_toml(r, sweep.recipe.name)
     save_atomically(lambda f: table.to_csv(f, index=False), path/'trials.csv')
     save_atomically(lambda f: f.write_text(toml, encoding='utf-8'), path/'best.toml')

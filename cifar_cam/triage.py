@@ -23,7 +23,8 @@ from .copies import find_copies, thumbnails
 # %% ../nbs/17_triage.ipynb #17scor01
 def _own_and_other(probs, targs):
     "The probability of the label, the highest of the other classes, and the index of that class"
-    rows,rest = np.arange(len(targs)),np.array(probs, dtype=float)
+    rows = np.arange(len(targs))
+    rest = np.array(probs, dtype=float)
     rest[rows, targs] = -1
     return np.asarray(probs, dtype=float)[rows, targs],rest.max(1),rest.argmax(1)
 
@@ -93,7 +94,8 @@ def verdicts(
     first:int=50, # at least so many are blamed, if the network makes as many mistakes
 ) -> np.ndarray: # N words, '' for an image that is not doubtful
     "One of `VERDICTS` for each image. Where several fit, the first of: label, copy, ambiguous, shared, network"
-    targs,preds = evidence[0].targs,np.stack([o.plain.argmax(1) for o in evidence])
+    targs = evidence[0].targs
+    preds = np.stack([o.plain.argmax(1) for o in evidence])
     wrong = preds[0] != targs
     shared = wrong & (2*(preds == preds[0]).sum(0) > len(preds)) & (len(preds) > 1)
     label = doubt >= sure
@@ -113,9 +115,12 @@ def triage_table(
     **kwargs, # thresholds of `verdicts`
 ) -> pd.DataFrame: # of `_COLUMNS`, most doubtful label first
     "A row for each image: label, suggested class, verdict, scores, prediction, and how many networks are mistaken"
-    first,copies = check_evidence(evidence)[0],copies or {}
-    names,probs = np.array([str(c) for c in first.classes]),pooled_probs(evidence)
-    doubt,spread = label_scores(probs, first.targs, method),ambiguity_scores(probs, first.targs)
+    first = check_evidence(evidence)[0]
+    copies = copies or {}
+    names = np.array([str(c) for c in first.classes])
+    probs = pooled_probs(evidence)
+    doubt = label_scores(probs, first.targs, method)
+    spread = ambiguity_scores(probs, first.targs)
     of = np.array([copies.get(f, '') for f in first.files], dtype=object)
     said = verdicts(evidence, doubt, spread, of != '', **kwargs)
     other = _own_and_other(probs, first.targs)[2]
@@ -134,7 +139,9 @@ def copies(self:CamInterpretation,
 ) -> dict: # file → the file that it is a copy of
     "The images that stand among the training images too, or a second time among themselves"
     root,train = self.learn.dls.path,self.learn.dls.train
-    names,known,mine = item_names(self.dl, root),item_names(train, root),thumbnails(self.dl)
+    names = item_names(self.dl, root)
+    known = item_names(train, root)
+    mine = thumbnails(self.dl)
     twice,there = find_copies(mine, least=least),find_copies(mine, thumbnails(train), least)
     pairs = [(names[i], names[j]) for i,j in zip(twice.image, twice.copy_of)]
     return dict(pairs + [(names[i], known[j]) for i,j in zip(there.image, there.copy_of)])

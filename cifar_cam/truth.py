@@ -35,7 +35,8 @@ def flip_labels(
     check_seed(seed)
     if not 0 < share < 1:
         raise InputError(f'share={share}: choose a part of the labels between 0 and 1')
-    targs,rng = np.array(targs),np.random.default_rng(seed)
+    targs = np.array(targs)
+    rng = np.random.default_rng(seed)
     which = rng.permutation(len(targs))[:round(share*len(targs))]
     if similar: which = which[np.isin(targs[which], [*similar])]
     others = (targs[which] + rng.integers(1, n_classes, len(which)))%n_classes
@@ -48,7 +49,8 @@ def _relabel(files, root, path, share, seed, similar):
     classes = sorted({f.parent.name for f in files})
     targs = np.array([classes.index(f.parent.name) for f in files])
     pairs = {classes.index(a): classes.index(b) for a,b in (similar or {}).items()}
-    given,rows = flip_labels(targs, share, len(classes), seed, pairs) if share else targs,[]
+    given = flip_labels(targs, share, len(classes), seed, pairs) if share else targs
+    rows = []
     for f,c in zip(files, given):
         new = f'{f.parent.parent.name}/{classes[c]}/{f.name}'
         (path/new).parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,9 @@ def doubtful_set(
     split:str='test', # the part whose labels are made wrong
 ) -> Path: # the new folder; truth.csv in it says what was done
     "Copy an image folder and spoil some of it. Raises InputError where `path` is there already"
-    root,path,rng = Path(data),Path(path),np.random.default_rng(seed)
+    root = Path(data)
+    path = Path(path)
+    rng = np.random.default_rng(seed)
     if path.exists():
         raise InputError(f'{path}: is there already; name a new folder')
     files = {s: [f for f in image_files(root) if f.parent.parent.name==s] for s in ('train', 'test')}
@@ -131,12 +135,14 @@ def measure_score(
     "How well `score` finds the bad ones"
     if not 0 < bad.sum() < len(bad):
         raise InputError(f'{bad.sum()} of {len(bad)} are bad: a measure needs some of both')
-    rng,drawn = np.random.default_rng(seed),[]
+    rng = np.random.default_rng(seed)
+    drawn = []
     while len(drawn) < draws:
         i = rng.integers(0, len(bad), len(bad))
         if 0 < bad[i].sum() < len(bad): drawn.append((precision_at(score[i], bad[i]), roc_auc_score(bad[i], score[i])))
     (p_low,a_low),(p_high,a_high) = np.quantile(drawn, [.025, .975], axis=0).round(4).tolist()
-    precision,area = precision_at(score, bad),float(roc_auc_score(bad, score))
+    precision = precision_at(score, bad)
+    area = float(roc_auc_score(bad, score))
     return dict(bad=int(bad.sum()), of=len(bad), chance=round(float(bad.mean()), 4), precision=round(precision, 4),
                 precision_interval=[p_low, p_high], area=round(area, 4), area_interval=[a_low, a_high])
 

@@ -85,7 +85,8 @@ def labelled_dls(
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
 ) -> DataLoaders: # validation alone is of interest
     "Loaders of a labelled set as `run` sees images. Raises InputError for a class that the run does not know"
-    m,labels = run.metrics,dict(items)
+    m = run.metrics
+    labels = dict(items)
     classes = list(m['class_accuracy'])
     if odd := sorted(set(labels.values()) - set(classes)):
         raise InputError(f"the class {odd[0]!r} is none of the run's: {', '.join(classes)}")

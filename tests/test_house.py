@@ -112,3 +112,19 @@ def test_retired_names_and_modules_say_what_took_their_place():
         with pytest.raises(ModuleNotFoundError, match=new.split(',')[0]): __import__(f'cifar_cam.{old}', fromlist=['x'])
     retired = '\n'.join((ROOT/'CHANGELOG.md').read_text(encoding='utf-8').splitlines())
     assert all(f'`{old}`' in retired for old in [*RETIRED_NAMES, *RETIRED_MODULES])
+
+
+def assigned_kind(value):
+    "What kind of thing an expression is: the name of the function called, a constant, an empty container, or the node's type"
+    if isinstance(value, ast.Call): return getattr(value.func, 'id', getattr(value.func, 'attr', ''))
+    if isinstance(value, (ast.List, ast.Dict, ast.Tuple)) and not ast.unparse(value).strip('[](){}'): return 'empty'
+    return type(value).__name__
+
+@pytest.mark.parametrize('module', ORDER)
+def test_an_assignment_has_one_subject(module):
+    "`a,b = f(x),f(y)` has one subject, two calls of `f`; `a,b = f(x),[]` has two, and takes two lines"
+    for s in exported(NOTEBOOKS[module][1]):
+        for n in ast.walk(tree(s)):
+            if not (isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Tuple) and isinstance(n.value, ast.Tuple)): continue
+            kinds = {assigned_kind(v) for v in n.value.elts}
+            assert len(kinds)==1, f'{module}: {ast.unparse(n)}'
