@@ -58,7 +58,7 @@ def _of_classes(model, layer, x, n, output):
 
 # %% ../nbs/14b_photo.ipynb #7be7462d
 def explain_image(
-    learn:Learner|nn.Module, # a learner; or a network, and then `vocab` and `stats` too
+    learn:Learner|nn.Module, # a learner, or what has one: a run; or a network, and then `vocab` and `stats` too
     photo:str|Path|Image.Image, # any size and mode
     method:str='hirescam', layer:str|nn.Module|list='auto', min_px:int=5, # see `cam_maps`
     target:str=None, # the class of the map; None: the likeliest one
@@ -75,6 +75,7 @@ def explain_image(
     """Where a network looks in a photo, and its three likeliest classes. The whole photo is squeezed to `size`.
     Raises InputError for a photo that cannot be read, an unknown class, and a network without `vocab` and `stats`"""
     im = open_photo(photo)
+    if not isinstance(learn, (Learner, nn.Module)): learn = learn.learn
     known = _known(learn) if isinstance(learn, Learner) else (None, None, (32, 32))
     model,loss_func = (learn.model, learn.loss_func) if isinstance(learn, Learner) else (learn, None)
     vocab,stats,size = (k if o is None else o for o,k in zip((vocab, stats, size), known))
