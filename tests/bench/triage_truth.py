@@ -4,9 +4,9 @@ flips: labels of a test set flipped by seed, and what was said of its images bef
 shapes: test labels of Shapes10 flipped by seed, and a network that was trained on its training images: a minute or two.
 copies: training images of Shapes10 moved by a pixel, mirrored and saved as JPEG, among images that are none.
 crossfit: training labels of CIFAR-10 flipped by seed, found by networks that have not seen them: folds × a training of the recipe."""
-import argparse, json, tempfile
+import argparse, json, shutil, tempfile
 from pathlib import Path
-from time import process_time
+from time import process_time, time
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,6 @@ from PIL import Image
 from cifar_cam.copies import copied, find_copies, thumbnails
 from cifar_cam.evidence import Evidence, load_evidence
 from cifar_cam.run import environment
-from cifar_cam.triage import read_triage
 from cifar_cam.truth import compare_scores, flip_labels, measure_score, recall_at
 
 ALIKE = dict(circle='ring', ring='circle', square='house', house='square', triangle='arrow', arrow='triangle', star='cross', cross='star', heart='moon', moon='heart')  # shapes
@@ -82,18 +81,25 @@ def copies(n=600, seed=1):
                 false_alarms=int(taken[n:].sum()), recall_at_precision_99=recall_at(alike, made), cpu_seconds=round(seconds, 1))
 
 
-def crossfit(data='cifar10', share=.03, seeds=(0, 1, 2), folds=5, recipe='speedrun', out='runs'):
-    "A row for each seed"
-    from cifar_cam.crossfit import crossfit
+def crossfit(data='cifar10', share=.03, seeds=(0, 1, 2), folds=5, recipe='speedrun', epochs=None, out='runs', keep=lambda rows: None):
+    "A row for each seed and way of scoring; `keep` gets the rows so far after each seed, which takes long"
+    from cifar_cam.crossfit import crossfit, crossfit_evidence
     from cifar_cam.images import data_path
+    from cifar_cam.recipe import find_recipe
     from cifar_cam.truth import doubtful_set
-    rows = []
+    rows,r = [],find_recipe(recipe, epochs=epochs)
     for seed in seeds:
         spoilt = doubtful_set(Path(out)/f'spoilt-{share}-{seed}', data_path(data), share, 0, 0, seed, split='train')
-        path = crossfit(recipe, spoilt, folds, out, seed)
-        wrong = pd.read_csv(spoilt/'truth.csv').file
-        table = read_triage(path)
-        rows.append(dict(share=share, seed=seed, folds=folds, recipe=recipe, **measure_score(table.label_score.to_numpy(), table.file.isin(wrong).to_numpy())))
+        start = time()
+        path = crossfit(r, spoilt, folds, out, seed)
+        minutes = (time() - start)/60
+        wrong,said = set(pd.read_csv(spoilt/'truth.csv').file),crossfit_evidence(path)
+        bad = np.array([f in wrong for f in said.files])
+        right = float((said.plain.argmax(1) == said.targs)[~bad].mean())
+        about = dict(share=share, seed=seed, folds=folds, recipe=recipe, epochs=r.epochs, minutes=round(minutes, 1), agree_where_the_label_is_right=round(right, 4))
+        rows += [dict(about, **row) for row in compare_scores([said], bad).to_dict('records')]
+        keep(rows)
+        shutil.rmtree(spoilt)
     return rows
 
 
@@ -105,13 +111,20 @@ if __name__ == '__main__':
     p.add_argument('--data', default='cifar10')
     p.add_argument('--share', type=float, default=.03)
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--folds', type=int, default=5)
+    p.add_argument('--epochs', type=int, help="of crossfit's recipe")
+    p.add_argument('--out', default='runs')
     a = p.parse_args()
     start = process_time()
-    made = dict(flips=lambda: flips(a.logits, seeds=a.seeds), shapes=lambda: shapes(seeds=a.seeds), copies=copies, crossfit=lambda: crossfit(a.data, a.share, a.seeds))[a.what]()
     env = environment('shapes', 'cpu', 0)
     machine = {k: env[k] for k in ('processor', 'threads', 'python', 'torch', 'cifar_cam')}
-    record = dict(command=f'python tests/bench/triage_truth.py {a.what}', **machine, cpu_seconds=round(process_time() - start), result=made)
-    text = json.dumps(record, indent=1) + '\n'
-    if a.json: Path(a.json).write_text(text)
-    rows = dict(flips=made, shapes=made['rows'] if a.what=='shapes' else None).get(a.what)
-    print(text if rows is None else pd.DataFrame(rows).groupby(['share', 'flipped_to', 'way'])[['precision', 'area']].mean().round(3).to_string())
+    def keep(made):
+        record = dict(command=f'python tests/bench/triage_truth.py {a.what}', **machine, cpu_seconds=round(process_time() - start), result=made)
+        if a.json: Path(a.json).write_text(json.dumps(record, indent=1) + '\n')
+        return record
+    judge = lambda: crossfit(a.data, a.share, a.seeds, a.folds, epochs=a.epochs, out=a.out, keep=keep)
+    made = dict(flips=lambda: flips(a.logits, seeds=a.seeds), shapes=lambda: shapes(seeds=a.seeds), copies=copies, crossfit=judge)[a.what]()
+    record = keep(made)
+    rows = dict(flips=made, crossfit=made, shapes=made['rows'] if a.what=='shapes' else None).get(a.what)
+    columns = [c for c in ('share', 'flipped_to', 'way') if rows and c in rows[0]]
+    print(json.dumps(record, indent=1) if rows is None else pd.DataFrame(rows).groupby(columns)[['precision', 'area']].mean().round(3).to_string())
