@@ -324,7 +324,7 @@ def write_parquet(
     "Write the images of parquet files as they are, byte for byte. Raises InputError as `read_parquet` does"
     folders = _ClassFolders(out, path)
     for split,files in parquet_files(path).items():
-        if split == 'test' and _unlabelled(files, labels): continue  # left for `predict`
+        if split == 'test' and _unlabelled(files, labels): continue  # nothing can be measured on it
         for f in files:
             for i,(label,name,raw) in enumerate(read_parquet(f, labels)):
                 folders.write(split, label, name, f'{f.stem}_{i:05d}', raw)

@@ -39,7 +39,7 @@ class SweepRecord(BaseModel, strict=True):
     device: str|None # cpu, cuda, ...; None: the best there is
 
 class Sweep:
-    "A sweep's folder: `plan`, `study`, `trials`, `best`. Raises InputError for a folder that is none"
+    "A sweep's folder: `plan`, `recipe`, `space`, `study`. Raises InputError for a folder that is none"
     def __init__(self,
         path:str|Path, # that `sweep_recipe` made
     ):
