@@ -193,7 +193,8 @@ def _settings(r):
 
 def _selected(run):
     "Was something chosen by the test images that the accuracy is of?"
-    return bool(run.env['published_protocol'] and chooses(run.recipe))
+    by_test = run.env['published_protocol'] and 'test_accuracy' not in run.history  # no valid/ of the set's own
+    return bool(by_test and chooses(run.recipe))
 
 # %% ../nbs/20_report.ipynb #97b37815
 _LEVELS = (('e1', .01, '< 1\u00a0%'), ('e2', .025, '1 to 2.5\u00a0%'), ('e3', .05, '2.5 to 5\u00a0%'),

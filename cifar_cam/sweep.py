@@ -117,7 +117,7 @@ def write_sweep(
     held = f' It still holds images out, to choose {" and ".join(chooses(r))}.' if chooses(r) else ''
     sections = [('Train the best on everything', f'The recipe and the command.{held}', toml, best_command(sweep)),
                 *[(*_FIGURES[k][:2], (fig, _FIGURES[k][2])) for k,fig in sweep_figures(sweep).items()],
-                ('Trials', 'Accuracy on held-out images; of a trial that was stopped, that of its last epoch.', table)]
+                ('Trials', 'Accuracy on held-out images; of a trial that was stopped, as far as it came.', table)]
     data = Path(sweep.plan['data']).name
     summary = (f'{len(table)} trials of {sweep.recipe.name} on {data}: the best has {100*table.accuracy[0]:.2f} % '
                'on held-out images. The test set chose nothing. '
@@ -133,7 +133,7 @@ _FIGURES = dict(
 def best_command(
     sweep:Sweep, # any sweep
 ) -> str:
-    "The shell command that trains the best recipe on all training images"
+    "The shell command that trains the best recipe"
     words = 'cifar-cam', 'train', sweep.path/'best.toml', '--data', sweep.plan['data'], '--seed', sweep.plan['seed']
     return shlex.join(map(str, words))
 

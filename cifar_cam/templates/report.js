@@ -11,7 +11,7 @@ const state = {only: '', t: '', p: '', v: '', a: 0, b: 1, sort: '-loss', view: '
 const page = 60;
 let found = [], open = null;
 
-// ---- maps: as cifar_cam.cam.scale_maps and cifar_cam.panels.overlay draw them
+// ---- maps: as cifar_cam.maps.scale_maps and cifar_cam.panels.overlay draw them
 
 function enlarge(map, h, w, H, W) { // bilinear, align_corners=False
   const out = new Float32Array(H*W), at = (n, N, i) => Math.min(n - 1, Math.max(0, (i + .5)*n/N - .5));
