@@ -286,7 +286,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _sigterm_is_as_ctrl_c():
-    "Only the main thread may say what a signal does"
+    "Inside, SIGTERM raises `Terminated`. Only the main thread may say what a signal does: others change nothing"
     if threading.current_thread() is not threading.main_thread(): return (yield)
     def stop(*_): raise Terminated
     before = signal.signal(signal.SIGTERM, stop)
@@ -295,12 +295,12 @@ def _sigterm_is_as_ctrl_c():
 
 # %% ../nbs/28_cli.ipynb #8fb2999a
 def _quiet(stream):
-    "Else Python complains once more at its end"
+    "Point `stream` at the null device: else the flush at Python's end fails, and complains once more"
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 def _plain_lines():
     "A log file gets plain lines, and names of any kind"
-    # fastprogress asks for `stdout.isatty`, not for what it returns
+    # fastprogress asks whether `stdout` has a method `isatty`, and never calls it
     fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
     utf8 = (sys.stdout.encoding or '').lower().replace('-', '')=='utf8'
     odd = 'surrogateescape' if utf8 else 'backslashreplace'  # a path is bytes; not every encoding has an arrow

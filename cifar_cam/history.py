@@ -115,7 +115,7 @@ def tensorboard_logs(
 
 # %% ../nbs/18c_history.ipynb #18cwb002
 class _WandbNumbers(Callback):
-    "Loss and rate of each step, and each epoch's row"
+    "Loss and rate of each step, on a GPU of every 50th, and each epoch's row"
     order = 69  # after the row of `History`
     def __init__(self, path, config):
         self.path = Path(path)

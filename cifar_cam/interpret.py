@@ -393,8 +393,8 @@ def save_maps(self:CamInterpretation,
     which:str|list='misclassified', # which ones, in which order: see `indices`
     **kwargs, # more: see `cams`
 ) -> Path: # of the file
-    """The maps of `plot_cams` with the same arguments, with files and classes. Open it by `np.load`.
-    Raises InputError if there are no such images"""
+    """The maps that `plot_cams` draws for the same images and options of `cams`, with files and classes. Open it by
+    `np.load`. Raises InputError if there are no such images"""
     idxs = self.indices(which, k)
     path = Path(path)
     target = kwargs.pop('target', 'predicted')

@@ -347,7 +347,8 @@ def _pixels(dl, xb):
 def batches(self:Predictions,
     idxs:list, # places in the data set
 ):
-    "The images at `idxs` as the network takes them: in batches as large as the loader's, or of a million pixels"
+    """The images at `idxs` as the network takes them: in batches as large as the loader's, or of a million pixels if
+    that is more, but of 256 images at most"""
     if not hasattr(self, '_few'): # 256 CIFAR images, 20 of 224×224
         self._few = min(256, max(self.dl.bs, 2**20//next(image_batches(self.dl, [0], 1))[0, 0].numel()))
     return image_batches(self.dl, idxs, self._few)
