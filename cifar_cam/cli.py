@@ -38,7 +38,6 @@ from .sweep import sweep_command
 from .checks import checks_command
 
 _Setting = Annotated[str, {'action':'append', 'metavar':'KEY=VALUE'}]
-_Module = Annotated[str, {'action':'append', 'metavar':'FILE.py'}]
 
 # %% ../nbs/28_cli.ipynb #24usemod
 def _use_modules(paths):
@@ -82,11 +81,9 @@ def train(
     wandb:store_true=False, # log to Weights & Biases
     labels:str=None, # a table of training labels to change or drop: decisions.csv of `cifar-cam crossfit`
     device:str=None, # cpu, cuda, ...; the best there is by default
-    module:_Module=None, # a Python file to run first: it registers networks or optimizers of yours; may be repeated
 ):
     "Train a recipe. The last line printed is the run's folder"
     given = locals()
-    _use_modules([*recipe_modules(recipe), *(module or [])])
     if resume:
         _only_resume(given)
         if (Path(resume)/'seeds.json').is_file(): return _say_seeds(train_seeds(resume))
@@ -103,7 +100,7 @@ def train(
 
 def _only_resume(given):
     "A run is resumed with its own settings"
-    others = {k: v for k,v in given.items() if k not in ('resume', 'data', 'module')}
+    others = {k: v for k,v in given.items() if k not in ('resume', 'data')}
     odd = [k for k,v in others.items() if v != signature(train).parameters[k].default]
     if odd:
         option = odd[0] if odd[0]=='recipe' else '--' + odd[0].replace('_', '-')
@@ -171,10 +168,8 @@ def cam(
     layer:str='auto', # the layer whose map is drawn; auto takes the deepest that is at least 5×5
     min_px:int=5, # smallest side of a map that is drawn
     data:str=None, # where the run's images are now, if they have moved
-    module:_Module=None, # a Python file to run first; may be repeated
 ):
     "Draw CAMs of a run's test images"
-    _use_modules(module)
     o = load_run(run, data)
     o.model  # says so if the training is not finished
     fig = o.interp.plot_cams(k, which, method=method, layer=layer, min_px=min_px)
@@ -189,10 +184,8 @@ def explain(
     method:str='hirescam', # a CAM method of the grad-cam library; the default stood every check in docs/results.md
     layer:str='auto', # the layer whose map is drawn; auto takes the deepest that is at least 5×5
     min_px:int=5, # smallest side of a map that is drawn
-    module:_Module=None, # a Python file to run first; may be repeated
 ):
     "Show a photo's three likeliest classes, and where the network looked"
-    _use_modules(module)
     o = load_run(run) if run else pretrained_run()
     o.model  # says so if the training is not finished
     about = dict(vocab=list(o.metrics['class_accuracy']), stats=(o.metrics['mean'], o.metrics['std']),
@@ -218,10 +211,8 @@ def score(
     montages:int=500, # montages of four images, at most
     seed:int=0, # of images, montages, noise, random weights and intervals
     data:str=None, # where the run's images are now, if they have moved
-    module:_Module=None, # a Python file to run first; may be repeated
 ):
     "Measure whether a run's CAMs are to be believed: a table, score.json and figures/scorecard.png"
-    _use_modules(module)
     o = load_run(run, data)
     o.model  # says so if the training is not finished
     print(score_run(o.interp, o.path, methods=method or CAM_METHODS, n=n, montages=montages, seed=seed))
@@ -232,10 +223,8 @@ def report(
     run:Annotated[str, {'nargs':'+', 'opt':False}], # one finished run's folder, or several to compare
     out:str=None, # the file that a comparison is written to; by default beside the first run's folder
     data:str=None, # where the runs' images are now, if they have moved
-    module:_Module=None, # a Python file to run first; may be repeated
 ):
     "Write report.html into a run's folder, or one page that compares several runs"
-    _use_modules(module)
     if out and len(run)==1:
         raise InputError(f'--out {out}: is for a comparison of several runs; leave it out')
     if out and Path(out).is_dir():
@@ -269,6 +258,8 @@ class _Parser(argparse.ArgumentParser):
     def format_help(self):
         return super().format_help() + _FORMS*(self.prog.split()[-1] in ('train', 'sweep', 'crossfit', 'lr-find'))
 
+_OWN_CODE = 'a Python file to run first: it registers networks or optimizers of yours; may be repeated'
+
 def parser() -> argparse.ArgumentParser:
     "The parser of `cifar-cam`: a sub-command for each of `COMMANDS`"
     p = _Parser('cifar-cam', description='Train ResNets on CIFAR-10 with fastai, and see where they looked.')
@@ -276,6 +267,7 @@ def parser() -> argparse.ArgumentParser:
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name,f in COMMANDS.items():
         doc = anno_parser(f, pos=_POSITIONAL.get(name))
+        doc.add_argument('--module', action='append', default=[], metavar='FILE.py', help=_OWN_CODE)
         sub.add_parser(name.replace('_', '-'), parents=[doc], add_help=False, help=f.__doc__, description=f.__doc__,
                        formatter_class=doc.formatter_class)
     return p
@@ -320,7 +312,9 @@ def main(
         args = vars(parser().parse_args(argv))
         command = COMMANDS[args.pop('command').replace('-', '_')]
         args = {k: v for k,v in args.items() if k not in ('pdb', 'xtra')}
+        modules = [*recipe_modules(args.get('recipe') or ''), *args.pop('module', [])]
         with _sigterm_is_as_ctrl_c():
+            if command in _SHARED_OUT or not rank_distrib(): _use_modules(modules)
             if command in _SHARED_OUT: command(**args)
             elif not rank_distrib():
                 with one_process(): command(**args)  # nothing to share out

@@ -66,7 +66,9 @@ def _split(thumbs):
     "(blurred colours of mean 0, grey values less their blurred selves): the coarse and the fine structure"
     soft = gaussian_filter(thumbs.astype(np.float32), (0, 0, 1.5, 1.5))
     grey = thumbs.mean(1, keepdims=True, dtype=np.float32)
-    return soft - soft.mean((2, 3), keepdims=True),grey - gaussian_filter(grey, (0, 0, 2, 2))
+    fine = grey - gaussian_filter(grey, (0, 0, 2, 2))
+    fine -= fine.mean(3, keepdims=True) # a horizon makes two seas alike
+    return soft - soft.mean((2, 3), keepdims=True),fine - fine.mean(2, keepdims=True)
 
 def _same_contrast(x): return x/np.sqrt((x**2).mean((1, 2, 3), keepdims=True)).clip(1)
 
@@ -86,7 +88,7 @@ def _likeness(a, b):
             best = np.where(better, 1 - apart.mean((1, 2)), best)
             worst = np.where(better, 1 - apart.reshape(-1, 6, 5, 6, 5).mean((2, 4)).max((1, 2)), worst)
             same = np.maximum(same, (fine*_unit(fine_b[:, :, i:i+30, j:j+30].reshape(len(b), -1))).sum(1))
-    return np.where((a.std((1, 2, 3)) > 2) & (same > .4), worst, 0)
+    return np.where((a.std((1, 2, 3)) > 2) & (same > .45), worst, 0)
 
 # %% ../nbs/16c_copies.ipynb #17copy02
 def find_copies(

@@ -25,6 +25,7 @@ SHARED = ['*.json', 'history.csv', 'classification_report.csv', 'layers.txt', 'w
 
 def model_card(
     run:Run, # a finished run
+    license:str='', # of the weights, in the Hub's notation, such as 'apache-2.0'; '': the card names none
 ) -> str:
     "What the Hub shows first: how the network was trained, what it reaches and how to ask it"
     m,r,env = run.metrics,run.recipe,run.env
@@ -32,10 +33,11 @@ def model_card(
     source = ''
     if run.data_name=='cifar10':
         source = 'CIFAR-10: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images* (2009).'
+    terms = f'Licence of the weights: {license}. ' if license else ''
+    head = f'license: {license}\n' if license else ''
     return f"""---
 library_name: cifar_cam
-license: apache-2.0
-tags: [image-classification, fastai, grad-cam]
+{head}tags: [image-classification, fastai, grad-cam]
 ---
 # {r.name}
 
@@ -43,7 +45,7 @@ tags: [image-classification, fastai, grad-cam]
 {100*m["accuracy"]:.2f} % of {m["images"]:,} test images, {100*m["accuracy_flip_tta"]:.2f} % averaged with their
 mirror images; {run.chosen_on}.
 
-Licence: Apache 2.0 for the weights. {source}
+{terms}{source}
 
 `hf download REPOSITORY --local-dir FOLDER` fetches it as a folder, and
 `cifar-cam explain photo.jpg --run FOLDER` asks it about a photo.
@@ -57,6 +59,7 @@ def push_to_hub(
     run:Run|str|Path, # a finished run, or its folder
     repo:str, # user/name on the Hub; made if it is not there
     private:bool=False, # for yourself alone
+    license:str='', # of the weights: see `model_card`
 ) -> str: # its address
     "Upload a run. Raises InputError where the package huggingface_hub is missing or the run is not finished"
     try: from huggingface_hub import HfApi
@@ -64,7 +67,7 @@ def push_to_hub(
     run = run if isinstance(run, Run) else load_run(run)
     if not run.finished:
         raise InputError(f'{run.path}: the training is not finished; `cifar-cam train --resume {run.path}` goes on')
-    save_atomically(lambda f: f.write_text(model_card(run), encoding='utf-8', errors='backslashreplace'),
+    save_atomically(lambda f: f.write_text(model_card(run, license), encoding='utf-8', errors='backslashreplace'),
                     run.path/'README.md')
     api = HfApi()
     url = api.create_repo(repo, private=private, exist_ok=True)
@@ -86,7 +89,7 @@ def ship_run(
     measured = evaluate_learner(learn, learn.dls[-1], run.recipe.tta)
     write_json(run.metrics | measured | dict(weights_sha256=sha256(path/'weights.safetensors')), path/'metrics.json')
     shipped = load_run(path)
-    (path/'README.md').write_text(model_card(shipped), encoding='utf-8', errors='backslashreplace')
+    (path/'README.md').write_text(model_card(shipped, 'apache-2.0'), encoding='utf-8', errors='backslashreplace')
     return shipped
 
 # %% ../nbs/22_share.ipynb #f40d51e0

@@ -40,7 +40,12 @@ def _table_labels(path, column, label):
         label = next((c for c in table if str(c).lower() in _LABELS), None)
     if label not in table:
         raise InputError(f"{path}: has no column of labels; name one of {', '.join(map(str, table))}")
-    return [(Path(there), y) for (_,there),y in zip(where_named(table[column], path.parent), table[label])]
+    rows = [(Path(there), y) for (_,there),y in zip(where_named(table[column], path.parent), table[label])]
+    items = dict(rows)
+    for file,y in rows:
+        if items[file]!=y:
+            raise InputError(f'{path}: {file.name} is there as {y} and as {items[file]}; keep one of the rows')
+    return list(items.items())
 
 def _class_folders(path):
     return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith('.') and d.name!='__MACOSX')
@@ -117,6 +122,8 @@ def validate_run(
     force:bool=False, # write over a validation that is there
 ) -> Path: # of the folder
     "Metrics, confusion matrix and report of `run` on another labelled set of its classes, beside its own numbers"
+    if run is None and out is None:
+        raise InputError('name the folder to write to: the network that comes with the package has none of its own')
     run = finished_run(run)
     out = Path(out) if out else run.path/'validation'/_set_name(data)
     if (out/'metrics.json').exists() and not force:

@@ -124,6 +124,10 @@ def test_a_recipe_names_code_that_the_shell_runs_and_a_run_folder_does_not(tmp_p
         folder = capsys.readouterr().out.splitlines()[-1]
         assert 'net.py' not in ''.join(p.read_text() for p in (tmp_path/'runs').rglob('*.json'))
     finally: MODELS.pop('mine', None)
+    for words in ['lr-find', str(toml), '--data', str(few)], ['crossfit', str(toml), '--folds', '2', '--data', str(few)], \
+                 ['explain', str(next(few.glob('test/*/*.png'))), '--run', folder, '--min-px', '1', '--module', str(tmp_path/'net.py')]:
+        try: assert main([*words, '--out', str(tmp_path/'others')]) == 0, capsys.readouterr().err
+        finally: MODELS.pop('mine', None)
     assert main(['report', folder]) == 2 and "arch='mine'" in capsys.readouterr().err
     assert main(['report', folder, '--module', str(tmp_path/'gone.py')]) == 2 and 'gone.py: no such file' in capsys.readouterr().err
     toml.write_text('base = "davidnet"\nmodule = 5\n')
