@@ -25,7 +25,7 @@ from .photos import open_photo
 from .images import data_checksum, data_path, image_table
 from .interpret import CamInterpretation
 from .evidence import check_evidence, Evidence, load_evidence
-from .triage import read_triage, save_triage, triage_table
+from .triage import loader_copies, read_triage, save_triage, triage_table
 from .recipe import (change_recipe, chooses, find_recipe, fit_recipe, pick_lrs, Recipe, recipe_dls,
                               recipe_learner)
 from .run import (EnvRecord, environment, folder_for, load_run, new_run_folder, read_record,
@@ -209,27 +209,30 @@ def run_evidence(
 def triage_runs(
     runs:list=(), # folders, see `run_evidence`; none: the network that comes with the package
     out:str|Path=None, # the folder that gets triage.csv and triage.json; None: the first run's, or a new one in runs/
-    data:str|Path='cifar10', # where CIFAR-10 is, for the network that comes with the package
+    data:str|Path=None, # where the images are now, if they have moved; None: the first run's, or CIFAR-10
     copies:bool=True, # search for copies, which needs the images
     **kwargs, # more for `triage_table`
 ) -> Path: # of triage.csv
     "Triage of the test images of runs. Raises InputError for runs of different images, labels or classes"
-    interp = None if runs else CamInterpretation.from_pretrained(recipe_dls(pretrained_run().recipe, data))
-    evidence = check_evidence([o for r in runs for o in run_evidence(r)] if runs else [interp.evidence()])
-    if copies and interp is None and (Path(runs[0])/'env.json').exists(): interp = load_run(runs[0]).interp
-    table = triage_table(evidence, interp.copies() if copies and interp is not None else None, **kwargs)
+    evidence = check_evidence([o for r in runs for o in run_evidence(r)]) if runs else None
+    dls = None
+    if not runs: dls = recipe_dls(pretrained_run().recipe, data or 'cifar10')
+    elif copies and (Path(runs[0])/'env.json').exists(): dls = load_run(runs[0], data).dls
+    if not runs: evidence = [CamInterpretation.from_pretrained(dls).evidence()]
+    known = loader_copies(dls.loaders[-1], dls.train, dls.path) if copies and dls else None
+    table = triage_table(evidence, known, **kwargs)
     out = Path(out or (runs[0] if runs else new_run_folder('triage', 'runs')))
     names = [Path(r).name for r in runs] or ['speedrun, shipped']
     with folder_for(out):
         file = save_triage(table, out, images_of='test', networks=len(evidence), runs=names)
-    if interp is not None and runs and (out/'report.html').exists(): write_report(out)
+    if runs and (out/'report.html').exists(): write_report(out)
     return file
 
 # %% ../nbs/22b_crossfit.ipynb #22sayc01
 def triage_command(
     runs:Annotated[str, {'nargs':'*', 'opt':False}]=None, # folders of finished runs; by default the shipped network
     out:str=None, # the folder that gets triage.csv and triage.json; by default the first run's
-    data:str='cifar10', # where CIFAR-10 is, for the network that comes with the package
+    data:str=None, # where the images are now, if they have moved; by default the first run's, or CIFAR-10
 ):
     "Tell a network's mistakes from wrong labels, copies, and pictures that it cannot name"
     path = triage_runs(runs or [], out, data)
