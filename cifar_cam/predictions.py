@@ -52,17 +52,33 @@ def _takes_reduction(loss_func):
     return not params or 'reduction' in params or any(p.kind==Parameter.VAR_KEYWORD for p in params.values())
 
 class _OnlyLogits(Callback):
-    "Reduces the network's output to the logits, after the loss is computed"
-    def __init__(self, output=None): self.output = output
+    "Reduces the network's output to the logits, after the loss is computed: by fastai, or here for each image alone"
+    def __init__(self, output, one_by_one):
+        self.output = output
+        self.one_by_one = one_by_one
+        self.losses = []
+
     def after_loss(self):
+        if self.one_by_one: self.losses += [self._loss(i) for i in range(len(self.yb[0]))]
         if self.output is None and torch.is_tensor(self.pred): return
         self.learn.pred = find_logits(self.pred, self.output)
+
+    def _loss(self, i):
+        "The loss of one image, given all that the network put out for it"
+        return self.learn.loss_func(*_alone([self.pred, *self.yb], i))
+
+def _alone(o, i):
+    "What `o` has for image `i`"
+    if torch.is_tensor(o): return o[i:i + 1]
+    if isinstance(o, dict): return type(o)(**{k: _alone(v, i) for k,v in o.items()})
+    return type(o)(_alone(v, i) for v in o) if isinstance(o, (list, tuple)) else o
 
 def _run(learn, dl, output=None):
     "Outputs, targets and losses of all images. A loss without `reduction` is computed image by image"
     each = _takes_reduction(learn.loss_func)
-    with _as_valid(dl): out,targs,*losses = learn.get_preds(dl=dl, with_loss=each, act=noop, cbs=[_OnlyLogits(output)])
-    losses = losses[0] if each else torch.stack([learn.loss_func(out[i:i+1], targs[i:i+1]) for i in range(len(out))])
+    logits = _OnlyLogits(output, not each)
+    with _as_valid(dl): out,targs,*losses = learn.get_preds(dl=dl, with_loss=each, act=noop, cbs=[logits])
+    losses = losses[0] if each else torch.stack(logits.losses)
     out,targs,losses = (t.detach().cpu().as_subclass(torch.Tensor) for t in (out, targs, losses))
     if targs.ndim != 1:
         raise InputError(f'targets of shape {tuple(targs.shape)}: each image needs one class')

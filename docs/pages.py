@@ -153,7 +153,7 @@ def _section(folder, name, m, env, r, built_in, protocol):
              f"Published: {r['published']} % ({r['published_as']})." if r.get('published') else '',
              f"On {m['images']:,} test images the accuracy is {percent(m['accuracy'])} %, {percent(m.get('accuracy_tta', m['accuracy_flip_tta']))} % with test-time augmentation, the loss {m['loss']:.4f}, the calibration error {m['calibration_error']:.4f}.",
              f'With {versions}.']
-    return '\n\n'.join([f'({name.replace("/", "-")})=\n## {name}', ' '.join(filter(None, facts)), 'Epoch by epoch:', table(head, rows),
+    return '\n\n'.join([f'({name.replace("/", "-")})=\n## {name.replace("/", ", ")}', ' '.join(filter(None, facts)), 'Epoch by epoch:', table(head, rows),
                         'Accuracy of each class, %:', table([c for c,_ in classes], [[percent(a) for _,a in classes]]), f'The record: {files}.'])
 
 

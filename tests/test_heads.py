@@ -150,6 +150,19 @@ def test_sets_that_a_gallery_cannot_show(files, tmp_path):
     with pytest.raises(InputError, match='output=, one of 0, 1'): CamInterpretation.from_learner(two)
     assert CamInterpretation.from_learner(two, output=1).output == 1
 
+@pytest.mark.parametrize('kind', [tuple, list, lambda p: dict(zip('ab', p))])
+def test_the_loss_of_an_image_is_of_all_that_the_network_says(files, kind):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net(2)
+        def forward(self, x): return kind((self.net(x), 3*self.net(x)))
+    def first(p): return [*p.values()][0] if isinstance(p, dict) else p[0]
+    two = learner(loaders(files), Two(), lambda p, y: F.cross_entropy(first(p), y))  # takes no `reduction`
+    interp = CamInterpretation.from_learner(two, output='b' if kind(()) == {} else 1)
+    with torch.no_grad(): out = torch.cat([first(two.model.eval()(x)) for x,_ in two.dls.valid.new(shuffle=False, drop_last=False)])
+    assert torch.allclose(interp.losses, F.cross_entropy(out.as_subclass(torch.Tensor), interp.targs, reduction='none'), atol=1e-5)
+
 def test_a_loaded_learner_takes_files(files, tmp_path):
     learn = learner(loaders(files), net(2), CrossEntropyLossFlat(), path=tmp_path)
     learn.export('e.pkl')
