@@ -252,21 +252,21 @@ def _probe(x):
     return torch.cat([a, top, left, b])
 
 def _agreement(t, grid):
-    "How well a change of the top half and of the left half shows there in the map: 2 is the most, 0 is chance"
+    "How well a change of the top half and of the left half shows there in the map: 1 is the most, 0 is chance"
     m = grid.to_map(t.detach().float())
     changes = (m[1:3] - m[:1]).abs().mean(1)
-    total = 0.
+    agree = []
     for axis in 0, 1:
         n = changes.shape[axis + 1]//2
         first,second = (changes[axis].narrow(axis, k, n).mean() for k in (0, changes.shape[axis + 1] - n))
-        if n and first + second > 0: total += ((first - second)/(first + second)).item()
-    return total
+        if n and first + second > 0: agree.append(((first - second)/(first + second)).item())
+    return min(agree, default=0.) # the worse axis
 
-def _many_still(t, grid):
-    "Does a change of half the image leave many places as they are?"
-    m = grid.to_map(t.detach().float()).flatten(2)
-    changes = (m[1:3] - m[:1]).abs().mean(1)
-    return (changes < 1e-4*changes.amax(1, keepdim=True)).float().mean() >= 0.25
+def _misplaced(t, grid):
+    "Do many places stay as they are though their half of the image changes?"
+    a,top,left,_ = grid.to_map(t.detach().float())
+    for change in (top - a).abs().mean(0), (left - a).abs().mean(0).T: # the half that changes comes first
+        if (change[:(len(change) + 1)//2] < 1e-4*change.max()).float().mean() > 0.1: return True
 
 # %% ../nbs/11_forward.ipynb #650fc36e
 class LayerTrace:
@@ -347,7 +347,7 @@ def _grid(self:LayerTrace, t):
             if front + behind: self.beside.insert(1, (front, behind))
             grid = MapGrid(order, *size, front, front + behind)
             if _agreement(t, grid) > 0.5: return grid
-            if _many_still(t, grid): self.shuffled[length] = True # not those of the other half
+            if _misplaced(t, grid): self.shuffled[length] = True
             return None if length in self.shuffled else grid
 
 @patch

@@ -244,8 +244,9 @@ def test_a_traced_network_has_the_map_of_the_network(side, like, want):
 def test_a_checkpointed_network_has_the_map_of_the_network(reentrant):
     m,x = resnet().eval(),torch.randn(2, 3, 96, 96)
     for layer in 'layer3', 'layer3.0', 'layer2.1.conv1':
-        want = cam_maps(m, x, layer=layer, targets=1).maps
-        torch.testing.assert_close(cam_maps(Checkpointed(m, reentrant), x, layer='net.' + layer, targets=1).maps, want, atol=1e-5, rtol=0)
+        for method in 'hirescam', 'shapleycam': # which differentiates twice
+            want = cam_maps(m, x, method, layer=layer, targets=1).maps
+            torch.testing.assert_close(cam_maps(Checkpointed(m, reentrant), x, method, layer='net.' + layer, targets=1).maps, want, atol=1e-5, rtol=0)
 
 
 def test_two_branches_are_both_listed_and_their_maps_averaged():
@@ -394,16 +395,27 @@ def test_the_first_norm_of_a_block_that_is_a_list_of_two():
 
 def unrolled(m): return m.unflatten(3, (3, 2)).unflatten(2, (3, 2)).permute(0, 1, 3, 5, 2, 4) # as in Hiera: the first place of every 2×2, then the second
 
+def windows(m): return m.unflatten(3, (2, 3)).unflatten(2, (2, 3)).transpose(3, 4)
+
 class Ordered(nn.Module):
     "Tokens in an order of its own"
     def __init__(self, order): super().__init__(); self.order,self.patches,self.blocks,self.fc = order,nn.Conv2d(3, 16, 8, 8),nn.Sequential(*[nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)) for _ in range(2)]),nn.Linear(16, 5)
     def forward(self, x): return self.fc(self.blocks(self.order(self.patches(x)).flatten(2).transpose(1, 2)).mean(1))
 
-@pytest.mark.parametrize('order,known', [(lambda m: m, True), (lambda m: m.transpose(2, 3), False), (lambda m: m.roll(3, 2), False), (unrolled, False)])
+@pytest.mark.parametrize('order,known', [(lambda m: m, True), (lambda m: m.transpose(2, 3), False), (lambda m: m.roll(3, 2), False), (unrolled, False), (windows, False),
+                                         (lambda m: m.unflatten(2, (3, 2)).transpose(2, 3), False)])
 def test_tokens_that_do_not_lie_row_by_row_are_no_map(order, known):
     m,x = Ordered(order).eval(),torch.randn(2, 3, 48, 48)
     assert (trace_layers(m, x[:1]).grid('blocks.1.0') is not None) == known
     assert cam_layer(m, x=x[:1])[0] == ('blocks.1.0' if known else 'patches')
+
+def test_a_grid_that_only_the_number_of_tokens_speaks_for_is_refused():
+    "Patches of 8×2: 8×32 tokens could be 16×16"
+    class Patches(nn.Module):
+        def __init__(self): super().__init__(); self.embed,self.block,self.fc = nn.Linear(48, 16),nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)),nn.Linear(16, 5)
+        def forward(self, x): return self.fc(self.block(self.embed(x.unflatten(3, (32, 2)).unflatten(2, (8, 8)).permute(0, 2, 4, 3, 5, 1).reshape(len(x), 256, 48))).mean(1))
+    with pytest.raises(InputError, match='reshape='): cam_maps(Patches(), torch.randn(1, 3, 64, 64))
+
 
 @slow
 def test_the_tokens_of_hiera_are_in_rows_in_its_last_stage_only():
