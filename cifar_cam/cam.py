@@ -208,7 +208,9 @@ def _layer_maps(model, q, key, cls, name, eigen_smooth=False, batch_size=64, upr
     to_map = partial(_made_map, q.reshape or grid.to_map, len(x))
     acts = to_map(leaf)
     at = None if grads is None else to_map(grads)
-    if key == 'shapleycam': maps = _shapley_image(cam, x, layer, targets, leaf, grads, to_map, eigen_smooth)
+    if key == 'shapleycam': # a checkpoint runs its part again for this gradient too: as in the first pass
+        with head_leaf(layer, run=run), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            maps = _shapley_image(cam, x, layer, targets, leaf, grads, to_map, eigen_smooth)
     else: maps = _images_of(cam, key, x, layer, targets, leaf, acts, at, eigen_smooth)
     if upright: maps = _upright(maps, acts)
     lost = ~acts.detach().flatten(1).isfinite().all(1) # the library puts 0 for NaN in some methods: a map of nothing

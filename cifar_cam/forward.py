@@ -77,16 +77,19 @@ def untouched(
     "Evaluation mode, frozen, no gradients; on exit `model` is restored exactly. Raises InputError for TorchScript"
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("a TorchScript network cannot be looked into: pass the model that it was made from")
-    mods = [(m, m.training, dict(m._modules), set(m._forward_hooks)) for m in model.modules()]
+    mods = [(m, m.training, dict(m._modules), dict(m._buffers), set(m._forward_hooks)) for m in model.modules()]
     params = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    values = [(b, b.clone(), b._version) for b in model.buffers() if not b.is_inference()]
     try:
         _evaluate(model)
         with torch.inference_mode(False), torch.no_grad(), _eager(model), _plain_passes(): yield
     finally:
-        for m,training,children,hooks in mods:
+        for m,training,children,buffers,hooks in mods:
             m.training = training
             m._modules.update(children)
+            m._buffers.update(buffers)
             for k in set(m._forward_hooks) - hooks: del m._forward_hooks[k]
+        for b,value,version in values: b.data.copy_(value if b._version != version else b)
         for p,requires_grad,grad in params: p.requires_grad_(requires_grad).grad = grad
 
 # %% ../nbs/11_forward.ipynb #44c4c2f5
@@ -107,8 +110,6 @@ def _parts(out):
     if isinstance(out, (list, tuple)): return dict(enumerate(out))
     return vars(out) if hasattr(out, '__dict__') and not torch.is_tensor(out) else {}
 
-def _shape(t): return '×'.join(map(str, t.shape)) if torch.is_tensor(t) else type(t).__name__
-
 def find_logits(
     out, # the output of a network
     output=None, # index, key or attribute of the logits, or a function of `out`; None: the only candidate
@@ -116,15 +117,14 @@ def find_logits(
     "The logits in a network's output. Raises InputError if there are none, or more than one candidate"
     if callable(output): out = output(out)
     elif output is not None:
-        if not isinstance(output, str) or output in _parts(out): found = _parts(out).get(output)
-        else: found = getattr(out, output, None)
+        found = _parts(out).get(output, getattr(out, str(output), None))
         if found is None:
             raise InputError(f"the model's output has no {output!r}: choose one of {', '.join(map(repr, _parts(out)))}")
         out = found
-    for name,t in _parts(out).items():
-        if name == 'logits': out = t
+    out = _parts(out).get('logits', out)
     tensors = [out] if torch.is_tensor(out) else [t for t in _parts(out).values() if torch.is_tensor(t)]
     found = [t for t in tensors if t.is_floating_point() and t.ndim == 2] or [t for t in tensors if t.ndim == 1]
+    found = found or [t[:, :, 0, 0] for t in tensors if t.ndim == 4 and t.shape[2:].numel() == 1]
     if len(found) == 1: return found[0] if found[0].ndim == 2 else found[0][:, None]
     if found:
         raise InputError(f"{len(found)} parts of the output could be the logits: pass output=, "
@@ -152,9 +152,10 @@ def swap_tensor(
     if torch.is_tensor(out): return new
     key = _main_key(out)
     out = copy(out)
+    if hasattr(out, '_replace'): return out._replace(**{out._fields[key]: new}) # a named tuple
     if isinstance(out, tuple): return type(out)(new if i == key else o for i,o in enumerate(out))
     if isinstance(out, (list, dict)): out[key] = new
-    else: setattr(out, key, new)
+    else: vars(out)[key] = new
     return out
 
 # %% ../nbs/11_forward.ipynb #575d8012
@@ -218,7 +219,7 @@ class _Flow(TorchDispatchMode):
         for t in _tensors(out):
             if _place(t) in held and not func._schema.is_mutable: continue # a view
             side = max((self.side[s] for s in sources), default=2**31)
-            shrinks = t.ndim == 4 and ('conv' in func.__name__ or 'pool' in func.__name__)
+            shrinks = t.ndim == 4 == len(t) and ('conv' in func.__name__ or 'pool' in func.__name__)
             self.add(t, sources, min(side, *t.shape[2:]) if shrinks else side)
         return out
 
@@ -233,9 +234,6 @@ class _Call:
         self.weights = any(p.ndim > 1 for p in module.parameters())
         self.norm = _is_norm(module)
         self.kids = []
-        self.given = set()
-        self.end = -1
-        self.made = 0 # how many results there were at its end
         self.value,self.shape,self.grid = None,None,None
     def __repr__(self): return f'{self.name} {self.shape}'
 
@@ -254,15 +252,21 @@ def _probe(x):
     return torch.cat([a, top, left, b])
 
 def _agreement(t, grid):
-    "How well a change of the top half and of the left half shows there in the map: 2 is the most, 0 is chance"
+    "How well a change of the top half and of the left half shows there in the map: 1 is the most, 0 is chance"
     m = grid.to_map(t.detach().float())
     changes = (m[1:3] - m[:1]).abs().mean(1)
-    total = 0.
+    agree = []
     for axis in 0, 1:
         n = changes.shape[axis + 1]//2
         first,second = (changes[axis].narrow(axis, k, n).mean() for k in (0, changes.shape[axis + 1] - n))
-        if n and first + second > 0: total += ((first - second)/(first + second)).item()
-    return total
+        if n and first + second > 0: agree.append(((first - second)/(first + second)).item())
+    return min(agree, default=0.) # the worse axis
+
+def _misplaced(t, grid):
+    "Do many places stay as they are though their half of the image changes?"
+    a,top,left,_ = grid.to_map(t.detach().float())
+    for change in (top - a).abs().mean(0), (left - a).abs().mean(0).T: # the half that changes comes first
+        if (change[:(len(change) + 1)//2] < 1e-4*change.max()).float().mean() > 0.1: return True
 
 # %% ../nbs/11_forward.ipynb #650fc36e
 class LayerTrace:
@@ -273,15 +277,12 @@ class LayerTrace:
         output=None, # picks the logits: see `find_logits`
     ):
         self.size = tuple(x.shape[2:])
-        self.calls = []
-        self.stack = []
+        self.calls,self.stack,self.grids = [],[],[] # the last are sizes of maps seen
         self.ended = 0
-        # sizes of maps seen; length of a row → its unchanging tokens; numbers of tokens in front and behind
-        self.grids = []
-        self.same = {}
-        self.beside = [(0, 0)]
+        # length of a row → its unchanging tokens; lengths not row by row; numbers of tokens in front and behind
+        self.same,self.shuffled = {},{}
         named = [getattr(m, 'num_prefix_tokens', None) for m in model.modules()]
-        self.beside += [(n, 0) for n in named if isinstance(n, int)][:1]
+        self.beside = [(0, 0)] + [(n, 0) for n in named if isinstance(n, int)][:1]
         flow = _Flow()
         x = _probe(x)
         with untouched(model), ExitStack() as hooks:
@@ -314,9 +315,8 @@ def _enter(self:LayerTrace, flow, name, module, args, kwargs):
 def _leave(self:LayerTrace, flow, module, args, out):
     call = self.stack.pop()
     t = main_tensor(out)
-    call.end = self.ended
-    self.ended += 1
-    call.made = len(flow.made_of)
+    call.end = self.ended = self.ended + 1
+    call.made = len(flow.made_of) # how many results there were at its end
     if t is None or (n := flow.number(t)) is None: return
     self._look(t)
     call.value = n
@@ -345,7 +345,10 @@ def _grid(self:LayerTrace, t):
     for front,behind in self._beside(length):
         if size := self._cells(length - front - behind):
             if front + behind: self.beside.insert(1, (front, behind))
-            return MapGrid(order, *size, front, front + behind)
+            grid = MapGrid(order, *size, front, front + behind)
+            if _agreement(t, grid) > 0.5: return grid
+            if _misplaced(t, grid): self.shuffled[length] = True
+            return None if length in self.shuffled else grid
 
 @patch
 def _beside(self:LayerTrace, length):

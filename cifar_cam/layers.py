@@ -60,9 +60,20 @@ def stages(self:LayerTrace,
     found = self._within(self.calls[0], once)
     while True:
         kept = [p for c in found for p in self._opened(c, min_px, once) if self._px(p) >= min_px]
-        inside = [p for c in found for p in (self._px(c) < min_px and self._within(c, once) or [c])]
-        if (kept := self._after_stem(kept)) or inside == found: return kept
+        kept = self._after_stem(kept)
+        small = [c for c in found if self._px(c) < min_px and (not kept or self._holds_stages(c, kept, min_px, once))]
+        inside = [p for c in found for p in (c in small and self._within(c, once) or [c])]
+        if inside == found: return kept
         found = inside
+
+@patch
+def _holds_stages(self:LayerTrace, c, kept, min_px, once):
+    "Is `c`, unlike the layers `kept`, made of blocks one after the other, with one that is large enough?"
+    if c.chain or any(k.kind is c.kind for k in kept): return False
+    inside = [p for k in self._within(c, once) for p in self._opened(k, min_px, once)]
+    large = [p for p in inside if p.blocks and self._px(p) >= min_px]
+    return any(0 not in self.upstream([c.value], [p.value]) for p in large) or any(
+        self._holds_stages(p, kept, min_px, once) for p in inside if self._px(p) < min_px)
 
 # %% ../nbs/11_layers.ipynb #d123eb66
 @patch
@@ -77,8 +88,16 @@ def _last(self:LayerTrace, cs, values):
         seen.add(v)
         if v in by: found.append(by[v])
         else: todo.extend(self.made_of[v])
-    used = {c for c in found for o in found if o is not c and c.value in self.upstream([o.value])}
-    return sorted((c for c in found if c not in used), key=lambda c: c.end)
+    after = [(c, o) for c in found for o in found if o is not c and c.value in self.upstream([o.value])]
+    less = {c for c,o in after if not self._weighs(o, c)}
+    less |= {o for c,o in after if c not in less and self._weighs(o, c)}
+    return sorted((c for c in found if c not in less), key=lambda c: c.end)
+
+@patch
+def _weighs(self:LayerTrace, o, c):
+    "Is `o`, made from the map of `c`, narrower than it: weights for its places, or an answer of its own?"
+    def width(k): return k.shape[1 if k.grid.order == 'NCHW' else -1]
+    return o.grid[1:3] == c.grid[1:3] and width(o) < width(c)
 
 # %% ../nbs/11_layers.ipynb #b0f6d2d1
 @patch
@@ -96,7 +115,10 @@ def _norms(self:LayerTrace, c):
     way = self.upstream([c.value])
     found = [o for o in self.calls if o.norm and o.grid and o.grid.order != 'NCHW' and o.value in way]
     found = [o for o in found if self.runs[o.name] == 1]
-    return sorted((o for o in found if o.grid[1:3] == c.grid[1:3] and o.shape[-1] == c.shape[-1]), key=lambda o: o.end)
+    found = sorted((o for o in found if o.grid[1:3] == c.grid[1:3]), key=lambda o: o.end)
+    widths = [o.shape[-1] for o in found]
+    width = c.shape[-1] if c.shape[-1] in widths or not found else widths[-1] # a head may widen them
+    return [o for o in found if o.shape[-1] == width]
 
 @patch
 def _block_norm(self:LayerTrace, norms):
@@ -106,12 +128,15 @@ def _block_norm(self:LayerTrace, norms):
         while '.' in block:
             block = block.rpartition('.')[0]
             inside = [o for o in norms if o.name.startswith(block + '.')]
-            if self._twins(block, norms) > 1: return inside[0]
+            half = len(inside) == 1 and self._twins(block.rpartition('.')[0], norms) > 1 # attention, or what follows it
+            if self._twins(block, norms) < 2 or half: continue
+            return next(o for o in inside if o.grid.extra == inside[-1].grid.extra)
 
 @patch
 def _twins(self:LayerTrace, block, norms):
     "How many modules of its class, with normalisations in them, stand beside `block`, itself included"
     outer = block.rpartition('.')[0]
+    if block not in self.runs and outer in self.runs: return 0 # two lists are no blocks, unless in a list
     beside = [k for k,c in self.kinds.items() if k and k.rpartition('.')[0] == outer and c is self.kinds[block]]
     return sum(any(o.name.startswith(k + '.') for o in norms) for k in beside)
 
@@ -122,7 +147,10 @@ def _token_layer(self:LayerTrace, c, model, x):
     norms = self._norms(c)
     rule = self._block_norm(norms) or c
     others = [o for o in reversed(norms) if o.end < rule.end]
-    return next((o.name for o in [rule] + others if tokens_matter(model, x, o.name, o.grid)), rule.name)
+    read = next((o.name for o in [rule] + others if tokens_matter(model, x, o.name, o.grid)), None)
+    way = self.upstream([c.value])
+    again = any(o.norm and o.grid and o.value in way and self.runs[o.name] > 1 for o in self.calls)
+    return read or (None if again else rule.name)
 
 # %% ../nbs/11_layers.ipynb #1e285cc8
 @patch
@@ -137,6 +165,7 @@ def auto(self:LayerTrace,
         for c in self._last(self.stages(min_px, once=False), self.answers):
             if self.runs[c.name] > 1: names += self._run_or_before(c, min_px)
             else: names.append(c.name if c.grid.order == 'NCHW' else self._token_layer(c, model, x))
+        names = filter(None, names) # all that give such tokens run more than once
         self.found[min_px] = list(dict.fromkeys(names))
     return self.found[min_px]
 
@@ -188,8 +217,13 @@ def _none_found(trace, min_px):
     at = f"{_size((min_px, min_px))} or more at {_size(trace.size)} input"
     maps = [c for c in trace.calls if trace._gives_map(c, once=False)]
     if not maps: return "no layer gives a map of the image: pass layer=, and reshape=, which makes its output N×C×H×W"
-    if all(trace.runs[c.name] > 1 for c in maps):
-        return f"every layer that gives a map runs more than once in a pass: name a run, as {maps[-1].name + ':1'!r}"
+    again = [c for c in maps if trace.runs[c.name] > 1 and trace._px(c) >= min_px]
+    if again:
+        last = max(again, key=lambda c: c.end)
+        norms = [c for c in again if c.norm and c.grid.order != 'NCHW' and last.start < c.start and c.end < last.end]
+        name = (norms or [last])[0].name
+        run = f'{name}:{trace.runs[name]}'
+        return f"the layers with a map of {at} run more than once in a pass: name a run, as {run!r}"
     return f"no stage of the model has a map of {at}: pass a smaller min_px or larger images"
 
 def _check_px(trace, name, auto, min_px):

@@ -451,6 +451,25 @@ def test_leaves_no_trace(key, model, xb):
     assert torch.is_grad_enabled()
 
 
+class Writes(nn.Module):
+    "Writes to a buffer in every pass, and puts another in the place of one"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('passes', torch.zeros(1))
+        self.register_buffer('table', torch.zeros(1), persistent=False)
+    def forward(self, x):
+        self.passes += 1
+        self.table = torch.arange(len(x))
+        return x
+
+def test_buffers_that_a_pass_writes_to_come_back(model, xb):
+    model.s3.append(Writes())
+    passes,table = model.s3[-1].passes,model.s3[-1].table
+    for key in 'gradcam', 'fullgrad', 'ablationcam': cam_maps(model, xb, key)
+    assert model.s3[-1].passes is passes and passes.item() == 0
+    assert model.s3[-1].table is table and table.tolist() == [0]
+
+
 class Trap(nn.Module):
     "Raises at pass number `n`"
     def __init__(self): super().__init__(); self.n,self.seen = None,0

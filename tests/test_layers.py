@@ -1,5 +1,6 @@
 """The layer of any network, found without a line of glue, and its map: the same as pytorch-grad-cam's with a reshape written by hand"""
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
+from dataclasses import make_dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -64,6 +65,9 @@ FAMILIES = { # how to make it, height and width, the layer, the reshape written 
              (64, 64), 'layers.1.blocks.1.norm1', last),
     'ResNet': (lambda: tv.resnet18(num_classes=5), (96, 96), 'layer3', None),
     'ConvNeXt': (timm_net('test_convnext'), (160, 160), 'stages', None),
+    'ViT, pooled by attention': (timm_net('vit_base_patch16_siglip_224', **VIT), (64, 64), 'blocks.2.norm1', partial(tokens, 8, 8, 0)),
+    'TNT': (timm_net('tnt_s_patch16_224', img_size=64, patch_size=8, embed_dim=48, inner_dim=12, num_heads_outer=3, num_heads_inner=2, depth=3), (64, 64),
+            'blocks.2.norm_out', partial(tokens, 8, 8, 1)),
 }
 MORE = {
     'ViT, an oblong image': (timm_net('vit_tiny_patch16_224', **{**VIT, 'img_size': (48, 80)}), (48, 80), 'blocks.2.norm1', partial(tokens, 6, 10, 1)),
@@ -240,8 +244,9 @@ def test_a_traced_network_has_the_map_of_the_network(side, like, want):
 def test_a_checkpointed_network_has_the_map_of_the_network(reentrant):
     m,x = resnet().eval(),torch.randn(2, 3, 96, 96)
     for layer in 'layer3', 'layer3.0', 'layer2.1.conv1':
-        want = cam_maps(m, x, layer=layer, targets=1).maps
-        torch.testing.assert_close(cam_maps(Checkpointed(m, reentrant), x, layer='net.' + layer, targets=1).maps, want, atol=1e-5, rtol=0)
+        for method in 'hirescam', 'shapleycam': # which differentiates twice
+            want = cam_maps(m, x, method, layer=layer, targets=1).maps
+            torch.testing.assert_close(cam_maps(Checkpointed(m, reentrant), x, method, layer='net.' + layer, targets=1).maps, want, atol=1e-5, rtol=0)
 
 
 def test_two_branches_are_both_listed_and_their_maps_averaged():
@@ -291,7 +296,135 @@ def test_the_table_says_what_became_of_each_layer():
     assert t.lies['encoder.layers.encoder_layer_1.ln_1'] == 'tokens, 1 in front' and t['map']['encoder.layers.encoder_layer_1.ln_1'] == '8×8'
 
 
+class Weighed(nn.Module):
+    "Another module says how much each place counts: a map of one channel, or rows of one number"
+    def __init__(self, rows):
+        super().__init__()
+        self.body,self.rows = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1)),rows
+        self.weight,self.fc = nn.Linear(16, 1) if rows else nn.Conv2d(16, 1, 3, padding=1),nn.Linear(16, 5)
+    def forward(self, x):
+        x = self.body(x)
+        if not self.rows: return self.fc((x*self.weight(x).sigmoid()).mean((2, 3)))
+        x = x.flatten(2).transpose(1, 2)
+        return self.fc((x*self.weight(x).softmax(1)).sum(1))
+
+@pytest.mark.parametrize('rows', [False, True])
+def test_weights_of_the_places_are_not_the_layer(rows):
+    m,x = Weighed(rows).eval(),torch.randn(2, 3, 48, 32)
+    assert cam_layer(m, x=x[:1])[0] == 'body'
+    assert (cam_maps(m, x, 'gradcam', targets=2).maps - library(m, 'body', x, [2, 2])).abs().max() < 1e-4
+
+
+class Stage(nn.Module):
+    def __init__(self, i, o): super().__init__(); self.conv1,self.conv2,self.beside = nn.Conv2d(i, o, 3, 2, 1),nn.Conv2d(o, o, 3, 1, 1),nn.Conv2d(i, o, 1, 2)
+    def forward(self, x): return self.conv2(self.conv1(x).relu()) + self.beside(x)
+
+class Encoder(nn.Module):
+    def __init__(self): super().__init__(); self.stages = nn.ModuleList([Stage(8, 8), Stage(8, 16), Stage(16, 16)])
+    def forward(self, x):
+        for s in self.stages: x = s(x)
+        return x
+
+@pytest.mark.parametrize('size,want', [((64, 96), '1.stages.1'), ((32, 48), '1.stages.0'), ((96, 96), '1')])
+def test_a_stage_within_an_encoder_and_not_the_stem(size, want):
+    m = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU()), Encoder(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).eval()
+    x = torch.randn(2, 3, *size)
+    assert cam_layer(m, size=size)[0] == want
+    assert (cam_maps(m, x, 'gradcam', targets=2).maps - library(m, want, x, [2, 2])).abs().max() < 1e-4
+
+@slow
+@pytest.mark.parametrize('kind,config,want', [('ResNet', dict(FOUR, embedding_size=8), 'resnet.encoder.stages.2'), ('ConvNext', FOUR, 'convnext.encoder.stages.2'),
+                                              ('RegNet', dict(FOUR, embedding_size=8, groups_width=8), 'regnet.encoder.stages.2')])
+def test_an_encoder_of_hugging_face_whose_last_stage_is_too_small(kind, config, want):
+    assert cam_layer(hugging_face(kind, **config), size=(96, 96))[0] == want
+
+
+class Recurrent(nn.Module):
+    def __init__(self, of_tokens):
+        super().__init__()
+        self.patches,self.fc,self.of_tokens = nn.Conv2d(3, 16, 8, 8),nn.Linear(16, 5),of_tokens
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, 0., batch_first=True, norm_first=True) if of_tokens else nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+    def forward(self, x):
+        x = self.patches(x)
+        if self.of_tokens: x = torch.cat([torch.ones(len(x), 1, 16), x.flatten(2).transpose(1, 2)], 1)
+        for _ in range(3): x = self.block(x)
+        return self.fc(x[:, 0] if self.of_tokens else x.mean((2, 3)))
+
+@pytest.mark.parametrize('of_tokens,run', [(False, 'block:3'), (True, 'block.norm1:3')])
+def test_of_a_block_that_runs_again_and_again_the_run_to_name_is_said(of_tokens, run):
+    m,x = Recurrent(of_tokens).eval(),torch.randn(2, 3, 48, 48)
+    for f in lambda: cam_layer(m, x=x[:1]), lambda: cam_maps(m, x):
+        with pytest.raises(InputError, match=f"more than once.*'{run}'"): f()
+    assert not cam_maps(m, x, 'gradcam', run).blank.all()
+
+
+class Given(nn.Module):
+    "Gives its map within something"
+    def __init__(self, kind): super().__init__(); self.conv,self.kind = nn.Conv2d(3, 8, 3, 2, 1),kind
+    def forward(self, x): return self.kind(feats=self.conv(x), pooled=x.mean((2, 3)))
+
+class GivenNet(nn.Module):
+    def __init__(self, kind): super().__init__(); self.body,self.fc = Given(kind),nn.Conv2d(8, 5, 1)
+    def forward(self, x): return self.fc(self.body(x).feats.mean((2, 3), keepdim=True))
+
+@pytest.mark.parametrize('kind', [namedtuple('Out', 'feats pooled'), make_dataclass('Frozen', ['feats', 'pooled'], frozen=True), SimpleNamespace])
+def test_a_map_within_something_and_logits_with_two_axes_too_many(kind):
+    m,x = GivenNet(kind).eval(),torch.randn(2, 3, 32, 32)
+    assert cam_layer(m)[0] == 'body' and cam_maps(m, x).preds.shape == (2, 5)
+    torch.testing.assert_close(cam_maps(m, x, targets=1).maps, cam_maps(m, x, layer='body.conv', targets=1).maps)
+
+
 # tokens
+
+class Halves(nn.Module):
+    "Attention and what follows it, each with a norm of its own"
+    def __init__(self, d=16):
+        super().__init__()
+        self.patches,self.fc = nn.Conv2d(3, d, 8, 8),nn.Linear(d, 5)
+        self.layers = nn.ModuleList([nn.ModuleList([nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d)) for _ in range(2)]) for _ in range(3)])
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for first,second in self.layers:
+            x = x + first(x)
+            x = x + second(x)
+        return self.fc(x.mean(1))
+
+def test_the_first_norm_of_a_block_that_is_a_list_of_two():
+    assert cam_layer(Halves(), size=(48, 48))[0] == 'layers.2.0.0'
+
+
+def unrolled(m): return m.unflatten(3, (3, 2)).unflatten(2, (3, 2)).permute(0, 1, 3, 5, 2, 4) # as in Hiera: the first place of every 2×2, then the second
+
+def windows(m): return m.unflatten(3, (2, 3)).unflatten(2, (2, 3)).transpose(3, 4)
+
+class Ordered(nn.Module):
+    "Tokens in an order of its own"
+    def __init__(self, order): super().__init__(); self.order,self.patches,self.blocks,self.fc = order,nn.Conv2d(3, 16, 8, 8),nn.Sequential(*[nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)) for _ in range(2)]),nn.Linear(16, 5)
+    def forward(self, x): return self.fc(self.blocks(self.order(self.patches(x)).flatten(2).transpose(1, 2)).mean(1))
+
+@pytest.mark.parametrize('order,known', [(lambda m: m, True), (lambda m: m.transpose(2, 3), False), (lambda m: m.roll(3, 2), False), (unrolled, False), (windows, False),
+                                         (lambda m: m.unflatten(2, (3, 2)).transpose(2, 3), False)])
+def test_tokens_that_do_not_lie_row_by_row_are_no_map(order, known):
+    m,x = Ordered(order).eval(),torch.randn(2, 3, 48, 48)
+    assert (trace_layers(m, x[:1]).grid('blocks.1.0') is not None) == known
+    assert cam_layer(m, x=x[:1])[0] == ('blocks.1.0' if known else 'patches')
+
+def test_a_grid_that_only_the_number_of_tokens_speaks_for_is_refused():
+    "Patches of 8×2: 8×32 tokens could be 16×16"
+    class Patches(nn.Module):
+        def __init__(self): super().__init__(); self.embed,self.block,self.fc = nn.Linear(48, 16),nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)),nn.Linear(16, 5)
+        def forward(self, x): return self.fc(self.block(self.embed(x.unflatten(3, (32, 2)).unflatten(2, (8, 8)).permute(0, 2, 4, 3, 5, 1).reshape(len(x), 256, 48))).mean(1))
+    with pytest.raises(InputError, match='reshape='): cam_maps(Patches(), torch.randn(1, 3, 64, 64))
+
+
+@slow
+def test_the_tokens_of_hiera_are_in_rows_in_its_last_stage_only():
+    timm = pytest.importorskip('timm', reason='timm is not installed')
+    m = timm.create_model('hiera_tiny_224', embed_dim=24, stages=(1, 1, 2, 2), num_classes=5)
+    trace = trace_layers(m, torch.zeros(1, 3, 224, 224))
+    assert [trace.grid(f'blocks.{i}') is not None for i in range(6)] == [False]*4 + [True]*2
+    assert cam_layer(m, size=(224, 224))[0] == 'blocks.5.norm1'
+
 
 class Tokens(nn.Module):
     "A transformer written by hand: other tokens in front and behind, batch first or not, one read at the end or the mean"
