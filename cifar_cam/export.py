@@ -188,8 +188,8 @@ def _quietly(write):
         except (InputError, OSError):
             raise
         except Exception as e:
-            raise InputError(f'PyTorch cannot export this network ({_first_line(e)}); '
-                             'write its forward pass without branches on the input') from e
+            raise InputError(f'PyTorch {torch.__version__} cannot export this network ({_first_line(e)}); '
+                             'write its forward pass without branches on the input, or take a newer PyTorch') from e
     return wrapped
 
 # %% ../nbs/25_export.ipynb #476e9064

@@ -24,6 +24,7 @@ def in_a_folder(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
 @pytest.fixture
 def onnx():
     for package in 'onnx', 'onnxscript', 'onnxruntime': pytest.importorskip(package)
+    if torch.__version__ < '2.7': pytest.skip('the onnxscript of today converts no batch norm for the exporter of PyTorch 2.6')
     return pytest.importorskip('onnxruntime')
 
 
