@@ -6,6 +6,7 @@
 __all__ = ['CamInterpretation']
 
 # %% ../nbs/14_interpret.ipynb #14imp3i
+import warnings
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 from .core import InputError
 from .forward import unwrap
 from .layers import find_layer
-from .cam import cam_maps
+from .cam import cam_maps, cam_method
 from .panels import draw_cam, draw_image, message_figure, Panels, short_number
 from .heads import class_index, TwoClasses
 from .predictions import Predictions
@@ -28,6 +29,7 @@ from .predictions import Predictions
 # %% ../nbs/14_interpret.ipynb #14cls
 class CamInterpretation(Predictions):
     "`Predictions` with galleries of images and of class activation maps"
+    at_chance = () # methods that the run's scorecard finds at chance: their maps come with a warning
 
 # %% ../nbs/14_interpret.ipynb #0ecfead4
 @patch
@@ -115,6 +117,9 @@ def cams(self:CamInterpretation,
     **kwargs, # more for `cam_maps`, such as `aug_smooth`, `eigen_smooth`, `reshape`
 ) -> tuple: # (maps float32 N×H×W in [0,1], N booleans: blank)
     "The class activation maps of images, in batches"
+    if cam_method(method)[0] in self.at_chance:
+        warnings.warn(f'the scorecard of this run finds the maps of {method} at chance: in ROAD the prediction does '
+                      'not follow their order of pixels')
     classes = self.asked(idxs, target)
     found = []
     model = self.learn.model

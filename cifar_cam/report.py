@@ -322,6 +322,7 @@ def write_report(
         curves=_run_curves(run, selected), history=_table('Epochs', run.history),
         calibration=calibration_chart(bins, selected), bins=_table('Bins of confidence', bins), shown=len(idxs),
         report=_table('Classification report', class_report(interp), '.3f'), no_maps=no_maps,
+        at_chance='hirescam' in interp.at_chance,
         scorecard=_scorecard(run.path/'score.json'), command=command, toml=toml, **_counts(run))
 
 # %% ../nbs/20_report.ipynb #c63bccd2

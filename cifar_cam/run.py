@@ -31,6 +31,7 @@ from .precision import deterministic_algorithms, PRECISIONS
 from .parallel import data_parallel, from_first, leave_processes, one_process
 from .learner import Checkpoint
 from .interpret import CamInterpretation
+from .scorecard import methods_at_chance
 from .recipe import chooses, fit_recipe, load_published, pick_lrs, Recipe, recipe_dls, recipe_learner
 from .evaluate import evaluate_learner, image_format, load_weights, save_weights
 from .history import History, KeepBest, read_history, tensorboard_logs, wandb_logs
@@ -222,8 +223,7 @@ class Run:
         data:str|Path=None, # where the images are now, if they have moved; their checksum must be that of the run
     ):
         self.path = Path(path)
-        self.moved_to = data
-        if isinstance(data, pd.DataFrame): self.moved_to = data_path(data)
+        self.moved_to = data_path(data) if isinstance(data, pd.DataFrame) else data
         try:
             self.env = dict(tensorboard=False, processor=None) | read_record(self.path/'env.json', EnvRecord)
             self.recipe = recipe_from_record(_read_json(self.path/'recipe.json'))
@@ -313,7 +313,9 @@ class Run:
     def interp(self) -> CamInterpretation:
         "Predictions on the test images, ready for galleries"
         self.learn.model.to(memory_format=torch.contiguous_format)  # as in `evaluate_learner`
-        return CamInterpretation.from_learner(self.learn, ds_idx=len(self.dls.loaders) - 1)
+        found = CamInterpretation.from_learner(self.learn, ds_idx=-1)
+        found.at_chance = methods_at_chance(self.path/'score.json')
+        return found
 
     @property
     def lrs(self) -> tuple:

@@ -1,5 +1,5 @@
 "The report as a reader uses it: in headless Chromium, from disk, without a network"
-import base64, io, json, os, re, shutil
+import base64, io, json, os, re, shutil, warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -617,3 +617,18 @@ def test_three_runs_are_compared_two_by_two(runs, visit, tmp_path):
         want = np.flatnonzero(hits[i] & ~hits[j])
         assert sorted(tiles(page)) == list(want[:60]) and table[i][j] == str(len(want))
     assert page.locator('#table tbody tr').count() == 3 and {'tiny #1', 'worse', 'tiny #2'} == set(page.locator('#settings thead th').all_inner_texts()[1:])
+
+
+def test_maps_that_the_scorecard_finds_at_chance_are_drawn_with_a_warning(runs, tmp_path):
+    "Where the gallery is, and on the page; other methods are drawn without a word"
+    run = load_run(shutil.copytree(runs['a'].path, tmp_path/'chance'))
+    def score(low): return {'road': {'mean': low + .02, 'low': low, 'high': low + .04, 'n': 9, 'nan': 0}, 'maps': dict(zero=0, nan=0)}
+    rows = {'gradcam': score(.3), 'hirescam': score(.01), 'randomcam': score(0), 'gradcam, random weights': score(-.1), 'chance': score(-.01)}
+    card = dict(about=dict(methods=['gradcam', 'hirescam'], images=9, seed=0), rows=rows, cascades={}, survivors=[])
+    (run.path/'score.json').write_text(json.dumps(card))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        run.interp.cams([0], method='gradcam', layer='0')
+    with pytest.warns(UserWarning, match='finds the maps of hirescam at chance'): run.interp.cams([0], layer='0')
+    with pytest.warns(UserWarning, match='at chance'): page = write_report(run)
+    assert 'finds these maps at chance' in page.read_text()
