@@ -15,6 +15,7 @@ from fastai.vision.all import DataLoaders, patch
 from .core import InputError, save_atomically, sha256, write_json
 from .learner import cifar_learner
 from .interpret import CamInterpretation
+from .scorecard import methods_at_chance
 from .recipe import recipe_learner
 from .evaluate import evaluate_learner, image_format, load_weights, save_weights
 from .run import load_run, Run
@@ -83,7 +84,8 @@ def ship_run(
     path = Path(path)
     learn = recipe_learner(run.recipe, run.dls, run.env['seed'])
     path.mkdir(parents=True, exist_ok=True)
-    for name in 'recipe.json', 'env.json', 'history.csv': shutil.copy(run.path/name, path/name)
+    there = [f for f in ('recipe.json', 'env.json', 'history.csv', 'score.json') if (run.path/f).exists()]
+    for name in there: shutil.copy(run.path/name, path/name)
     save_weights(run.model, path/'weights.safetensors', half=True)
     load_weights(learn.model, path/'weights.safetensors')
     measured = evaluate_learner(learn, learn.dls[-1], run.recipe.tta)
@@ -102,9 +104,8 @@ def from_pretrained(cls:CamInterpretation,
     dls:DataLoaders, # of CIFAR-10, from `cifar_dls`
     ds_idx:int=1, # which of its loaders: 0 train, 1 validation, -1 the last
 ) -> CamInterpretation:
-    """What the network that comes with the package makes of the images of `dls`. Ask for its maps by
-    `method='hirescam'`: Grad-CAM's are at chance in it (docs/results.md). Raises InputError for other classes,
-    sizes or normalisation"""
+    """What the network that comes with the package makes of the images of `dls`. Its scorecard finds some methods at
+    chance, Grad-CAM for one; they warn. Raises InputError for other classes, sizes or normalisation"""
     run = pretrained_run()
     known = list(run.metrics['class_accuracy'])
     given = [str(c) for c in dls.vocab]
@@ -114,4 +115,6 @@ def from_pretrained(cls:CamInterpretation,
     wanted,found = ({k: m[k] for k in ('size', 'mean', 'std')} for m in (run.metrics, image_format(dls)))
     if wanted!=found:
         raise InputError(f'the network that comes with the package sees images of {wanted}; these are of {found}')
-    return cls.from_learner(cifar_learner(dls, run.model), ds_idx)
+    interp = cls.from_learner(cifar_learner(dls, run.model), ds_idx)
+    interp.at_chance = methods_at_chance(run.path/'score.json')
+    return interp
