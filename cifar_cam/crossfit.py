@@ -191,6 +191,7 @@ def _data_uri(file):
 # %% ../nbs/22b_crossfit.ipynb #22runsc1
 def run_evidence(
     path:str|Path, # a run folder, a folder of `crossfit`, or a file of saved evidence
+    data:str|Path=None, # where the run's images are now, if they have moved
 ) -> list: # of `Evidence` about the test images
     "What the networks of a folder say of the test set; it is kept there. Raises InputError for an unfinished run"
     path = Path(path)
@@ -199,7 +200,7 @@ def run_evidence(
         crossfit_evidence(path)  # says so where a fold is missing
         return [load_evidence(f) for f in sorted(path.glob('test-*.npz'))]
     if (path/'logits.npz').exists(): return [load_evidence(path/'logits.npz')]
-    run = load_run(path)
+    run = load_run(path, data)
     run.model  # says so if the training is not finished
     said = run.interp.evidence()
     said.save(path/'logits.npz')
@@ -214,18 +215,20 @@ def triage_runs(
     **kwargs, # more for `triage_table`
 ) -> Path: # of triage.csv
     "Triage of the test images of runs. Raises InputError for runs of different images, labels or classes"
-    evidence = check_evidence([o for r in runs for o in run_evidence(r)]) if runs else None
-    dls = None
-    if not runs: dls = recipe_dls(pretrained_run().recipe, data or 'cifar10')
-    elif copies and (Path(runs[0])/'env.json').exists(): dls = load_run(runs[0], data).dls
-    if not runs: evidence = [CamInterpretation.from_pretrained(dls).evidence()]
-    known = loader_copies(dls.loaders[-1], dls.train, dls.path) if copies and dls else None
+    dls = None  # kept evidence has no images
+    if not runs:
+        dls = recipe_dls(pretrained_run().recipe, data or 'cifar10')
+        evidence = [CamInterpretation.from_pretrained(dls, -1).evidence()]
+    else:
+        evidence = check_evidence([o for r in runs for o in run_evidence(r, data)])
+        if copies and (Path(runs[0])/'env.json').exists(): dls = load_run(runs[0], data).dls
+    known = loader_copies(dls.loaders[-1], dls.train, dls.path) if copies and dls is not None else None
     table = triage_table(evidence, known, **kwargs)
     out = Path(out or (runs[0] if runs else new_run_folder('triage', 'runs')))
     names = [Path(r).name for r in runs] or ['speedrun, shipped']
     with folder_for(out):
         file = save_triage(table, out, images_of='test', networks=len(evidence), runs=names)
-    if runs and (out/'report.html').exists(): write_report(out)
+    if runs and dls is not None and (out/'report.html').exists(): write_report(load_run(out, data))
     return file
 
 # %% ../nbs/22b_crossfit.ipynb #22sayc01

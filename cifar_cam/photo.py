@@ -75,7 +75,7 @@ def explain_image(
     """Where a network looks in a photo, and its three likeliest classes. The whole photo is squeezed to `size`.
     Raises InputError for a photo that cannot be read, an unknown class, and a network without `vocab` and `stats`"""
     im = open_photo(photo)
-    if not isinstance(learn, (Learner, nn.Module)): learn = learn.learn
+    if not isinstance(learn, (Learner, nn.Module)): learn = getattr(learn, 'learn', learn)
     known = _known(learn) if isinstance(learn, Learner) else (None, None, (32, 32))
     model,loss_func = (learn.model, learn.loss_func) if isinstance(learn, Learner) else (learn, None)
     vocab,stats,size = (k if o is None else o for o,k in zip((vocab, stats, size), known))

@@ -123,7 +123,7 @@ def validate_run(
 ) -> Path: # of the folder
     "Metrics, confusion matrix and report of `run` on another labelled set of its classes, beside its own numbers"
     if run is None and out is None:
-        raise InputError('name the folder to write to: the network that comes with the package has none of its own')
+        raise InputError('the network that comes with the package has no folder of yours: name one by --out')
     run = finished_run(run)
     out = Path(out) if out else run.path/'validation'/_set_name(data)
     if (out/'metrics.json').exists() and not force:
@@ -242,8 +242,6 @@ def validate_command(
     "Test a run on another labelled set of its classes, beside its own numbers. The last line printed is the folder"
     if data is None:
         raise InputError('name a labelled set by --data')
-    if run is None and Out is None:
-        raise InputError('the network that comes with the package has no folder of yours: name one by --out')
     folder = validate_run(run, data, Out, column, label, device, force)
     m = json.loads((folder/'metrics.json').read_text())
     print(f"its own test images: {_percent(m['own']['accuracy'])} of {m['own']['images']:,}")

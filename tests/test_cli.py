@@ -113,6 +113,16 @@ def test_several_seeds_at_the_shell_go_on_too(few, narrow, tmp_path, monkeypatch
     assert json.loads((path/'summary.json').read_text())['accuracies'] == summary['accuracies']
 
 
+def test_a_triage_finds_images_that_have_moved(run, few, tmp_path, capsys):
+    "Also for the page, which is written again"
+    env = json.loads((run/'env.json').read_text())
+    (run/'env.json').write_text(json.dumps(env | dict(data=str(tmp_path/'gone'))))
+    (run/'report.html').write_text('older')
+    assert main(['triage', str(run)]) == 2 and 'gone' in capsys.readouterr().err
+    assert main(['triage', str(run), '--data', str(few)]) == 0
+    assert (run/'triage.csv').exists() and (run/'report.html').read_text() != 'older'
+
+
 def test_explain_has_one_figure_at_a_time(run, few, tmp_path, monkeypatch):
     there,draw = [],cli.explain_image
     def note(*args, **kwargs):

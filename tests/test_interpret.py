@@ -495,6 +495,9 @@ def test_explain_agrees_with_the_learner(interp, learn):
     assert fig.axes[1].get_title(loc='left') == f'CAM of {top[0]}'
     assert [t.get_text() for t in fig.axes[2].texts] == [t for c in top for t in (c, f'{100*probs[c]:.1f} %')]
 
+def test_explain_says_what_it_needs(interp):
+    with pytest.raises(InputError, match='pass vocab and stats'): explain_image('no network', interp.files([17])[0])
+
 def test_explain_squeezes_the_whole_photo(learn, monkeypatch):
     seen = []
     real = photo.cam_maps
