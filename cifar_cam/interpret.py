@@ -22,7 +22,7 @@ from .core import InputError
 from .forward import unwrap
 from .layers import find_layer
 from .cam import cam_maps, cam_method
-from .panels import draw_cam, draw_image, message_figure, Panels, short_number
+from .panels import draw_cam, draw_image, message_figure, new_figure, Panels, short_number
 from .heads import class_index, TwoClasses
 from .predictions import Predictions
 
@@ -63,19 +63,20 @@ def _aspect(images): return min(2, max(.5, images.shape[1]/images.shape[2]))
 
 # %% ../nbs/14_interpret.ipynb #14gal1
 @patch
+@delegates(new_figure)
 def plot_images(self:CamInterpretation,
     k:int=20, # images; if there are fewer, those there are
     which:str|list='misclassified', # which ones, in which order: see `indices`
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
+    **kwargs, # `figsize` and `dpi` of the figure: see `new_figure`
 ) -> Figure:
     "A gallery of images with the prediction over each, and the actual class where it is another"
     idxs = self.indices(which, k)
-    if not idxs: return message_figure(self._none(which), figsize, dpi)
+    if not idxs: return message_figure(self._none(which), **kwargs)
     images = self.images(idxs)
     wrong = any(map(self._wrong, idxs))
     head = 'prediction and its probability' + '; beneath it the actual class'*wrong
-    p = Panels(ceil(len(idxs)/10), min(10, len(idxs)), 1 + wrong, _head(which, head), cell=1., figsize=figsize, dpi=dpi,
-               aspect=_aspect(images))
+    p = Panels(ceil(len(idxs)/10), min(10, len(idxs)), 1 + wrong, _head(which, head), cell=1.,
+               aspect=_aspect(images), **kwargs)
     p.titles(p.axs.flat, [self._said(i, wrong) for i in idxs])
     for ax,image in zip(p.axs.flat, images): draw_image(ax, image)
     return p.fig
@@ -136,10 +137,11 @@ def cams(self:CamInterpretation,
 
 # %% ../nbs/14_interpret.ipynb #14opts1
 def _options(kwargs):
-    "(options of `overlay`, options of `cams`, 'predicted' or the given target)"
+    "(options of `overlay`, of the figure, of `cams`, 'predicted' or the given target)"
     drawing = {k: v for k,v in kwargs.items() if k in ('cmap', 'alpha')}
-    rest = {k: v for k,v in kwargs.items() if k not in drawing}
-    return drawing,rest,rest.get('target', 'predicted')
+    figure = {k: v for k,v in kwargs.items() if k in ('figsize', 'dpi')}
+    rest = {k: v for k,v in kwargs.items() if k not in drawing | figure}
+    return drawing,figure,rest,rest.get('target', 'predicted')
 
 def _whose(target):
     "Whose map it is, in words"
@@ -161,6 +163,7 @@ def _grid(n, nrows, ncols, most):
     return max(nrows or 1, ceil(n/ncols)),ncols
 
 @patch
+@delegates(new_figure, keep=True)
 @delegates(CamInterpretation.cams, keep=True)
 def plot_top_losses(self:CamInterpretation,
     k:int|list=10, # images, or places in the ranking of losses
@@ -168,19 +171,18 @@ def plot_top_losses(self:CamInterpretation,
     heatmap:bool=True, # a second picture of each image, with a map over it
     nrows:int=None, ncols:int=None, # of images; None: five a row
     plain:bool=False, # no text, for papers
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
-    **kwargs, # more: see `cams`, and `cmap`, `alpha` of `overlay`
+    **kwargs, # more: see `cams`; `cmap`, `alpha` of `overlay`; `figsize`, `dpi` of `new_figure`
 ) -> Figure:
     "The images with the highest losses; over each the prediction with its probability, the actual class and the loss"
     idxs = self._ranked(k, largest)
-    drawing,options,target = _options(kwargs)
-    if not idxs: return message_figure(self._none(idxs), figsize, dpi)
+    drawing,figure,options,target = _options(kwargs)
+    if not idxs: return message_figure(self._none(idxs), **figure)
     images = self.images(idxs)
     each = 1 + heatmap
     rows,cols = _grid(len(idxs), nrows, ncols, 5)
     head = 'prediction and its probability; actual class, loss'
-    p = Panels(rows, each*cols, 2, head, heatmap, 1.4 - .45*heatmap, plain, figsize, dpi, group=each,
-               aspect=_aspect(images))
+    p = Panels(rows, each*cols, 2, head, heatmap, 1.4 - .45*heatmap, plain, group=each, aspect=_aspect(images),
+               **figure)
     panels = p.axs.reshape(-1, each)
     for axs,image in zip(panels, images): draw_image(axs[0], image, **({} if heatmap else drawing))
     names = self._names
@@ -211,18 +213,18 @@ def _rows_of_four(self:CamInterpretation, idxs, classes, rivals):
 
 # %% ../nbs/14_interpret.ipynb #bed05b4e
 @patch
+@delegates(new_figure, keep=True)
 @delegates(CamInterpretation.cams, keep=True)
 def plot_cams(self:CamInterpretation,
     k:int=8, # images; if there are fewer, those there are
     which:str|list='misclassified', # which ones, in which order: see `indices`
     plain:bool=False, # no text, for papers
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
-    **kwargs, # more: see `cams`, and `cmap`, `alpha` of `overlay`
+    **kwargs, # more: see `cams`; `cmap`, `alpha` of `overlay`; `figsize`, `dpi` of `new_figure`
 ) -> Figure:
     "Image, CAM of the predicted class, CAM of its rival (see `asked`) and their difference: two images a row"
     idxs = self.indices(which, k)
-    drawing,options,target = _options(kwargs)
-    if not idxs: return message_figure(self._none(which), figsize, dpi)
+    drawing,figure,options,target = _options(kwargs)
+    if not idxs: return message_figure(self._none(which), **figure)
     classes,rivals = (self.asked(idxs, t) for t in (target, 'rival'))
     (a,blank_a),(b,blank_b) = (self.cams(idxs, **options | dict(target=t)) for t in (classes, rivals))
     images = self.images(idxs)
@@ -230,7 +232,7 @@ def plot_cams(self:CamInterpretation,
     rows = ceil(len(idxs)/2)
     heads = ['image', f'for {_whose(target)}', self._rival_head(idxs), 'difference']
     p = Panels(rows, 8 if len(idxs) > 1 else 4, 1, _head(which, 'where the network looked for each class'), True, 1.2,
-               plain, figsize, dpi, heads, 4, _aspect(images))
+               plain, heads, 4, _aspect(images), **figure)
     panels = p.axs.reshape(-1, 4)
     for axs,image,m,blank,o,other in zip(panels, images, a, blank_a, b, blank_b):
         draw_image(axs[0], image)
@@ -259,18 +261,18 @@ def by_class(self:CamInterpretation,
 _empty = np.full((1, 1, 3), 247, np.uint8) # a cell without an image: a quiet grey
 
 @patch
-def _class_grid(self:CamInterpretation, which, groups, classes, maps, plain, figsize, dpi, drawing={}, whose=''):
+def _class_grid(self:CamInterpretation, which, groups, classes, figure, maps=None, plain=False, drawing={}, whose=''):
     "`by_class` as panels, with a map over each image if `maps` makes some"
     chosen,about = self._choose(classes, 20)
     grid = [[row[c] for c in chosen] for row in self.by_class(which, groups)]
     idxs = [i for row in grid for i in row if i is not None]
-    if not idxs: return message_figure(self._none(which), figsize, dpi)
+    if not idxs: return message_figure(self._none(which), **figure)
     images = self.images(idxs)
     names = self._names
     what = 'the wrong prediction' if any(map(self._wrong, idxs)) else "the prediction's probability"
     head = '; '.join(filter(None, (f'a column for each actual class, over the images {what}', about)))
-    p = Panels(groups, len(chosen), 1, _head(which, head), bool(maps), .95, plain, figsize, dpi,
-               [names[c] for c in chosen], aspect=_aspect(images))
+    p = Panels(groups, len(chosen), 1, _head(which, head), bool(maps), .95, plain,
+               [names[c] for c in chosen], aspect=_aspect(images), **figure)
     panels = [ax for row,axs in zip(grid, p.axs) for i,ax in zip(row, axs) if i is not None]
     draw = draw_cam if maps else draw_image
     for ax,*drawn in zip(panels, images, *(maps(idxs) if maps else ())): draw(ax, *drawn, **drawing)
@@ -283,48 +285,49 @@ def _class_grid(self:CamInterpretation, which, groups, classes, maps, plain, fig
 
 # %% ../nbs/14_interpret.ipynb #9f5134e6
 @patch
+@delegates(new_figure)
 def plot_class_images(self:CamInterpretation,
     which:str|list='misclassified', # which images, in which order: see `indices`
     groups:int=3, # rows of one image per class
     classes:list=None, # names; None: all, but of more than 20 the most confused
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
+    **kwargs, # `figsize` and `dpi` of the figure: see `new_figure`
 ) -> Figure:
     "A column for each actual class; over each image the predicted class"
-    return self._class_grid(which, groups, classes, None, False, figsize, dpi)
+    return self._class_grid(which, groups, classes, kwargs)
 
 @patch
+@delegates(new_figure, keep=True)
 @delegates(CamInterpretation.cams, keep=True)
 def plot_class_cams(self:CamInterpretation,
     which:str|list='misclassified', # which images, in which order: see `indices`
     groups:int=3, # rows of one image per class
     classes:list=None, # names; None: all, but of more than 20 the most confused
     plain:bool=False, # no text, for papers
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
-    **kwargs, # more: see `cams`, and `cmap`, `alpha` of `overlay`
+    **kwargs, # more: see `cams`; `cmap`, `alpha` of `overlay`; `figsize`, `dpi` of `new_figure`
 ) -> Figure:
     "`plot_class_images` with the CAM of the predicted class over each image"
-    drawing,options,target = _options(kwargs)
+    drawing,figure,options,target = _options(kwargs)
     maps = partial(self.cams, **options)
-    return self._class_grid(which, groups, classes, maps, plain, figsize, dpi, drawing, _whose(target))
+    return self._class_grid(which, groups, classes, figure, maps, plain, drawing, _whose(target))
 
 # %% ../nbs/14_interpret.ipynb #6ebf782c
 @patch
+@delegates(new_figure, keep=True)
 @delegates(CamInterpretation.cams, keep=True, but=['method'])
 def plot_methods(self:CamInterpretation,
     i:int|list, # place in the data set; a row each if there are several
     methods:tuple=('gradcam', 'gradcam++', 'hirescam', 'layercam', 'eigencam', 'scorecam'), # see `cam_maps`
     plain:bool=False, # no text, for papers
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
-    **kwargs, # more: see `cams`, and `cmap`, `alpha` of `overlay`
+    **kwargs, # more: see `cams`; `cmap`, `alpha` of `overlay`; `figsize`, `dpi` of `new_figure`
 ) -> Figure:
     "The maps of several CAM methods side by side"
     idxs = self.indices([i] if isinstance(i, (int, np.integer)) else i)
-    drawing,options,target = _options(kwargs)
-    if not idxs: return message_figure(self._none(idxs), figsize, dpi)
+    drawing,figure,options,target = _options(kwargs)
+    if not idxs: return message_figure(self._none(idxs), **figure)
     images = self.images(idxs)
     head = 'prediction and its probability, actual class; maps by several methods'
-    p = Panels(len(idxs), 1 + len(methods), 2, head, True, 1.1, plain, figsize, dpi, ['image', *methods],
-               aspect=_aspect(images))
+    p = Panels(len(idxs), 1 + len(methods), 2, head, True, 1.1, plain, ['image', *methods],
+               aspect=_aspect(images), **figure)
     for ax,image in zip(p.axs[:, 0], images): draw_image(ax, image)
     for axs,m in zip(p.axs.T[1:], methods):
         for ax,*drawn in zip(axs, images, *self.cams(idxs, method=m, **options)): draw_cam(ax, *drawn, **drawing)
@@ -365,28 +368,29 @@ def _mean_titles(classes, means):
         else: yield [(str(c), 'plain'), count]
 
 @patch
+@delegates(new_figure, keep=True)
 @delegates(CamInterpretation.cams, keep=True)
 def plot_mean_cams(self:CamInterpretation,
     classes:list=None, # names, and pairs as `most_confused` gives them; None: all, of more than 20 the most confused
     n:int=100, # most images a class or pair: the first ones in the data set
     plain:bool=False, # no text, for papers
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
     cmap:str='inferno', # a matplotlib colour map
-    **kwargs, # more: see `cams`
+    **kwargs, # more: see `cams`; `figsize`, `dpi` of `new_figure`
 ) -> Figure:
     "The mean image and the mean CAM of classes and of confused pairs. A name stands for its images that are right"
     chosen,about = self._choose(None, 20) if classes is None else ([],'')
     classes = [self._names[c] for c in chosen] if classes is None else list(classes)
-    if not classes: return message_figure(self._none(classes), figsize, dpi)
-    means = self.mean_cams(classes, n, **kwargs)
+    _,figure,options,target = _options(kwargs)
+    if not classes: return message_figure(self._none(classes), **figure)
+    means = self.mean_cams(classes, n, **options)
     high = max([m.max() for _,m,_ in means if m is not None], default=1)
     head = '; '.join(filter(None, ('mean image and mean CAM', about)))
-    p = Panels(2, len(classes), 0, head, True, .95, plain, figsize, dpi, above=2 + any(map(_is_pair, classes)))
+    p = Panels(2, len(classes), 0, head, True, .95, plain, above=2 + any(map(_is_pair, classes)), **figure)
     for (top,low),(image,cam,_) in zip(p.axs.T, means):
         draw_image(top, _empty if image is None else image)
         low.imshow(_empty if cam is None else cam, vmin=0, vmax=high, cmap=cmap, interpolation='bicubic')
     p.titles(p.axs[0], [*_mean_titles(classes, means)])
-    p.bar(cmap, 0, round(float(high), 2), f'mean CAM of {_whose(kwargs.get("target", "predicted"))}')
+    p.bar(cmap, 0, round(float(high), 2), f'mean CAM of {_whose(target)}')
     return p.fig
 
 # %% ../nbs/14_interpret.ipynb #19696c73

@@ -13,7 +13,7 @@ from functools import lru_cache
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
-from fastai.vision.all import patch
+from fastai.vision.all import delegates, patch
 from matplotlib import colormaps, get_backend, rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -144,19 +144,21 @@ class _ShownOnce(Figure):
 
 # %% ../nbs/13_panels.ipynb #13fig1
 def new_figure(
-    figsize:tuple=None, # in inches; None: matplotlib's
+    size:tuple|None, # width and height in inches, unless `figsize` is given; None: matplotlib's
+    figsize:tuple=None, # the caller's choice of `size`
     dpi:int=None, # dots an inch; None: matplotlib's
     **kwargs, # more for `plt.figure`
 ) -> Figure:
     "An empty figure that is shown once"
-    return plt.figure(figsize=figsize, dpi=dpi, FigureClass=_ShownOnce, **kwargs)
+    return plt.figure(figsize=size if figsize is None else figsize, dpi=dpi, FigureClass=_ShownOnce, **kwargs)
 
+@delegates(new_figure)
 def message_figure(
     text:str, # one line
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
+    **kwargs, # `figsize` and `dpi` of the figure: see `new_figure`
 ) -> Figure:
     "A figure that says why there is nothing to show"
-    fig = new_figure(figsize or (6, 0.8), dpi)
+    fig = new_figure((6, .8), **kwargs)
     fig.text(0.5, 0.5, text, ha='center', va='center')
     return fig
 
@@ -214,6 +216,7 @@ TEXT_COLOURS = dict(plain='0.1', actual='0.45', wrong='#c8102e') # the actual cl
 
 class Panels:
     "A figure of `rows`×`cols` panels without axes: `axs[row,col]`. Raises InputError for more than a figure can hold"
+    @delegates(new_figure)
     def __init__(self,
         rows:int, cols:int, # of panels
         lines:int=1, # of text over each panel
@@ -221,11 +224,11 @@ class Panels:
         bars:bool=False, # room for colour bars beneath the head
         cell:float=1.1, # width of a panel in inches, unless `figsize` is given
         plain:bool=False, # no text and no bars
-        figsize:tuple=None, dpi:int=None, # of the figure, in inches
         columns:list=(), # heads of the columns, or of those of each group
         group:int=1, # columns that belong together
         aspect:float=1., # height of a panel over its width
         above:int=0, # lines over the first row only
+        **kwargs, # `figsize` and `dpi` of the figure: see `new_figure`
     ):
         self.plain = plain
         self.group = group
@@ -235,12 +238,13 @@ class Panels:
         self.bars_at = .26*bool(head) + .12 # inches from the top
         self.text = .03 if plain else .06 + .15*lines
         blanks = 2*_PAD + (cols - 1)*self.gap + (cols//group - 1)*self.apart
+        figsize = kwargs.pop('figsize', None)
         w,h = figsize or (cols*cell + blanks, rows*(aspect*cell + self.text) + self.above + _PAD)
         if max(w, h) > 500: # the renderer takes 65,536 pixels
             raise InputError(f'{rows*cols:,} panels are too many for one figure; choose fewer images')
         self.cell,self.tall = max(.05, (w - blanks)/cols),max(.05, (h - self.above - _PAD)/rows - self.text)
         self.size = (w, h) if plain or figsize else (max(w, 3.5), h) # room for the head
-        self.fig = new_figure(self.size, dpi)
+        self.fig = new_figure(self.size, **kwargs)
         self.axs = np.array([[self._panel(r, c) for c in range(cols)] for r in range(rows)])
         if not plain: self._heads(head)
 

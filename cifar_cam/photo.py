@@ -102,8 +102,7 @@ def _draw_photo(im, cam, blank, probs, target, plain, figsize, dpi, **drawing):
     im = ImageOps.contain(im, (2000, 2000)) if max(im.size) > 2000 else im # more than a figure shows
     w = 3*min(2, max(0.5, im.width/im.height))
     own_size = np.multiply(im.size, 4/max(im.size)) if plain else (2*w + 2.3, min(3, w*im.height/im.width) + .35)
-    figsize = own_size if figsize is None else figsize
-    fig = new_figure(figsize, dpi, layout=None if plain else 'constrained')
+    fig = new_figure(own_size, figsize, dpi, layout=None if plain else 'constrained')
     axs = [fig.add_axes([0, 0, 1, 1])] if plain else fig.subplots(1, 3, width_ratios=[w, w, 2.])
     for ax in axs: ax.set_axis_off()
     if not plain: axs[0].imshow(im)

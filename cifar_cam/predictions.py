@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.interpret import ClassificationInterpretation
-from fastai.vision.all import Callback, DataLoader, Learner, noop, Normalize, patch
+from fastai.vision.all import Callback, DataLoader, delegates, Learner, noop, Normalize, patch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
@@ -172,6 +172,7 @@ def _choose(self:Predictions, classes, most):
 
 # %% ../nbs/13c_predictions.ipynb #ff102aa0
 @patch
+@delegates(new_figure, keep=True)
 def plot_confusion_matrix(self:Predictions,
     normalize:bool=False, # write shares of the row instead of counts
     title:str='Confusion matrix', # over the matrix
@@ -180,15 +181,14 @@ def plot_confusion_matrix(self:Predictions,
     plot_txt:bool=True, # write the numbers
     classes:list=None, # names of those to be drawn; None: all, but of more than `most` the most confused
     most:int=30, # classes that are drawn unless `classes` names some
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
-    **kwargs, # more for `plt.figure`
+    **kwargs, # more for `new_figure`: `figsize`, `dpi`, and what `plt.figure` takes
 ) -> Figure:
     "Actual classes down, predicted classes across. A class without images is an empty row"
     chosen,about = self._choose(classes, most)
     cm = self.confusion_matrix()
     n = len(chosen)
     share = (cm/cm.sum(1, keepdims=True).clip(1))[np.ix_(chosen, chosen)]
-    fig = new_figure(figsize or (0.46*n + 1.9, 0.46*n + 1.4), dpi, **{'layout': 'constrained', **kwargs})
+    fig = new_figure((.46*n + 1.9, .46*n + 1.4), **{'layout': 'constrained', **kwargs})
     ax = fig.add_subplot()
     im = ax.imshow(share, cmap=cmap, norm=PowerNorm(0.5, 0, 1))
     ax.set(xlabel='predicted', ylabel='actual')
@@ -232,16 +232,17 @@ def _intervals(cm, chosen):
 
 # %% ../nbs/13c_predictions.ipynb #5d42687b
 @patch
+@delegates(new_figure)
 def plot_per_class_accuracy(self:Predictions,
     classes:list=None, # names of those to be drawn; None: all, but of more than `most` the most confused
     most:int=40, # classes that are drawn unless `classes` names some
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
+    **kwargs, # `figsize` and `dpi` of the figure: see `new_figure`
 ) -> Figure:
     "Each class's accuracy with Wilson's 95 % interval, best first; the dotted line is the accuracy over all images"
     chosen,about = self._choose(classes, most)
     acc = [*self.per_class_accuracy().values()]
     chosen = sorted(chosen, key=lambda c: (isnan(acc[c]), -acc[c]))  # a class without images comes last
-    fig = new_figure(figsize or (5.5, 0.24*len(chosen) + 1.), dpi, layout='constrained')
+    fig = new_figure((5.5, .24*len(chosen) + 1), layout='constrained', **kwargs)
     ax = fig.add_subplot()
     mean = (self.preds == self.targs).float().mean().item()
     bounds = _intervals(self.confusion_matrix(), chosen)

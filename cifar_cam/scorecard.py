@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.vision.all import Learner, patch
+from fastai.vision.all import delegates, Learner, patch
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
@@ -128,13 +128,14 @@ def save(self:Scorecard,
 
 # %% ../nbs/16_scorecard.ipynb #b944e185
 @patch
+@delegates(new_figure)
 def plot(self:Scorecard,
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
+    **kwargs, # `figsize` and `dpi` of the figure: see `new_figure`
 ) -> Figure:
     "A panel for each measure: means, intervals, chance (dashed), the other image's mask (hollow), survivors (red)"
     rows = list(self.scores)
     metrics = [m for m in self.metrics if not m.endswith('_other')]
-    fig = new_figure(figsize or (1.75*len(metrics) + 1.6, 0.27*len(rows) + 1.1), dpi, layout='constrained')
+    fig = new_figure((1.75*len(metrics) + 1.6, .27*len(rows) + 1.1), layout='constrained', **kwargs)
     axs = fig.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for ax,m in zip(axs, metrics):
         for y,r in enumerate(rows):
@@ -157,11 +158,12 @@ def _bars(s): return np.nan_to_num([[s['mean'] - s['low']], [s['high'] - s['mean
 
 # %% ../nbs/16_scorecard.ipynb #b96b87c1
 @patch
+@delegates(new_figure)
 def plot_cascade(self:Scorecard,
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
+    **kwargs, # `figsize` and `dpi` of the figure: see `new_figure`
 ) -> Figure:
     "What remains of each method's maps as the network is destroyed, layer by layer from the top"
-    fig = new_figure(figsize or (8, 3.2), dpi, layout='constrained')
+    fig = new_figure((8, 3.2), layout='constrained', **kwargs)
     ax = fig.add_subplot()
     for method,remains in self.cascades.items():
         ax.plot([1, *remains.values()], '.', lw=1.2, label=method,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastai.vision.all import DataLoader, patch
+from fastai.vision.all import DataLoader, delegates, patch
 from matplotlib.figure import Figure
 
 from .core import InputError, save_atomically, write_json
-from .panels import draw_image, message_figure, Panels
+from .panels import draw_image, message_figure, new_figure, Panels
 from .interpret import CamInterpretation
 from .evidence import check_evidence, Evidence, item_names, pooled_probs
 from .copies import find_copies, thumbnails
@@ -170,20 +170,21 @@ def triage(self:CamInterpretation,
 
 # %% ../nbs/17_triage.ipynb #17gall01
 @patch
+@delegates(new_figure)
 def plot_triage(self:CamInterpretation,
     table:pd.DataFrame, # from `triage`
     verdict:str='label', # a key of `VERDICTS`
     k:int=10, # at most this many images
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
+    **kwargs, # `figsize` and `dpi` of the figure: see `new_figure`
 ) -> Figure:
     "A gallery of the images with one verdict, titled label → suggested. Raises InputError for another verdict"
     if verdict not in VERDICTS:
         raise InputError(f"verdict={verdict!r}: choose one of {', '.join(VERDICTS)}")
     place = {f: i for i,f in enumerate(item_names(self.dl, self.learn.dls.path))}
     chosen = table[table.verdict==verdict][:k]
-    if not len(chosen): return message_figure(f'No image has the verdict {verdict!r}.', figsize, dpi)
+    if not len(chosen): return message_figure(f'No image has the verdict {verdict!r}.', **kwargs)
     head = f'{verdict}: the label → what is suggested'
-    p = Panels(-(-len(chosen)//10), min(10, len(chosen)), 2, head, figsize=figsize, dpi=dpi)
+    p = Panels(-(-len(chosen)//10), min(10, len(chosen)), 2, head, **kwargs)
     for ax,image in zip(p.axs.flat, self.images([place[f] for f in chosen.file])): draw_image(ax, image)
     p.titles(p.axs.flat, [[(a, 'actual'), (f'→ {b}', 'plain')] for a,b in zip(chosen.label, chosen.suggested)])
     return p.fig

@@ -262,7 +262,7 @@ def test_names_in_any_script(files, font, monkeypatch):
     ours = [str(w.message) for w in said if 'font' in str(w.message) or 'lyph' in str(w.message)]
     assert len(ours) == 1 and '犬' in ours[0] and '猫' not in ours[0] and 'собака' not in ours[0]
     assert drawable('猫') == '猫' and drawable('犬') == r'\u72ac' and drawable('собака') == 'собака'
-    fig = new_figure((1, .4), 100)
+    fig = new_figure((1, .4), dpi=100)
     fig.text(.1, .2, '猫', fontsize=16)
     fig.canvas.draw()
     dark = np.asarray(fig.canvas.buffer_rgba())[..., 0] < 128
