@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import DataLoader, Normalize
+from fastai.vision.all import DataLoader
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.neighbors import NearestNeighbors
 
 from .core import InputError
+from .loaders import loader_norm
 from .evidence import plain_loader
 
 # %% ../nbs/16c_copies.ipynb #17trut03
@@ -44,7 +45,7 @@ def thumbnails(
 ) -> np.ndarray: # N×3×32×32 uint8
     "All images of `dl` at 32×32 pixels"
     made = []
-    norm = next((t for t in dl.after_batch.fs if isinstance(t, Normalize)), None)
+    norm = loader_norm(dl)
     with plain_loader(dl) as dl:
         for x,*_ in dl:
             x = (norm.decode(x) if norm else x).float().as_subclass(torch.Tensor).expand(-1, 3, -1, -1)

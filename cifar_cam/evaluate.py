@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import DataLoaders, first, Learner, Normalize, rank_distrib
+from fastai.vision.all import DataLoaders, Learner, rank_distrib
 from safetensors.torch import load, save
 from scipy.stats import binomtest
 
 from .core import InputError, with_bar
 from .augment import TTA
+from .loaders import loader_norm
 from .precision import full_float32, keep_memory
 from .parallel import whole_batch
 
@@ -114,6 +115,6 @@ def image_format(
 ) -> dict:
     """What another image must be made into before that network can see it: its side, the channels' mean and standard
     deviation"""
-    norm = first(t for t in dls.after_batch.fs if isinstance(t, Normalize))
+    norm = loader_norm(dls)
     mean,std = ([round(c, 4) for c in o.flatten().tolist()] for o in (norm.mean, norm.std))
     return dict(size=list(dls.valid.one_batch()[0].shape[-2:]), mean=mean, std=std)

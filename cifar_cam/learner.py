@@ -18,11 +18,12 @@ from fastai.callback.schedule import LRFinder
 from fastai.optimizer import detuplify_pg, set_item_pg
 from fastai.vision.all import (accuracy_multi, BCEWithLogitsLossFlat, Callback, CancelEpochException,
                                CancelFitException, CastToTensor, CrossEntropyLossFlat, DataLoaders, event, get_c,
-                               get_model, L, Learner, Normalize, num_distrib, OptimWrapper, rank_distrib,
+                               get_model, L, Learner, num_distrib, OptimWrapper, rank_distrib,
                                TrainEvalCallback)
 from torch import nn
 
 from .core import check_seed, InputError, keep_random, save_atomically, shows_bars
+from .loaders import loader_norm
 from .library import is_library, split_layers
 from .models import build_model
 from .optimizers import opt_func
@@ -330,7 +331,7 @@ def _loss_and_metrics(dls, label_smoothing):
 
 def _of_images(dls):
     "Size and statistics of the images, which a library's network is built for"
-    norm = next((t for t in dls.valid.after_batch.fs if isinstance(t, Normalize)), None)
+    norm = loader_norm(dls.valid)
     stats = norm and tuple(o.flatten().tolist() for o in (norm.mean, norm.std))
     return dict(size=min(_plain_images(dls, 1).shape[2:]), stats=stats)
 

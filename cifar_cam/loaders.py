@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_images', 'fingerprint', 'cached_images', 'free_memory', 'MemoryImages', 'FileDL', 'MemoryDL', 'read_decisions',
-           'cifar_dls']
+           'cifar_dls', 'loader_norm']
 
 # %% ../nbs/04_loaders.ipynb #04imp1l
 import csv, hashlib, os, warnings, zlib
@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.load import _loaders
-from fastai.vision.all import (apply, Categorize, chunked, cifar_stats, DataLoaders, IntToFloatTensor, ItemTransform, L,
-                               mk_transform, noop, Normalize, Pipeline, TensorCategory, TensorImage, TfmdDL,
-                               to_device, Transform)
+from fastai.vision.all import (apply, Categorize, chunked, cifar_stats, DataLoader, DataLoaders, first,
+                               IntToFloatTensor, ItemTransform, L, mk_transform, noop, Normalize, Pipeline,
+                               TensorCategory, TensorImage, TfmdDL, to_device, Transform)
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
@@ -378,3 +378,10 @@ def cifar_dls(
         raise InputError(f'bs={bs}: there are only {dls.train.n:,} images to train on; choose a smaller batch')
     dls.test_note = '' if splitter else source.test_note
     return dls
+
+# %% ../nbs/04_loaders.ipynb #04norm02
+def loader_norm(
+    dl:DataLoader|DataLoaders, # of `DataLoaders` the first
+) -> Normalize|None:
+    "The `Normalize` of a loader's batches, or None"
+    return first(t for t in dl.after_batch.fs if isinstance(t, Normalize))

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from fastai.vision.all import Learner, Normalize
+from fastai.vision.all import Learner
 from torch import nn
 
 from .core import InputError
 from .photos import open_photo, Squeeze
+from .loaders import loader_norm
 from .forward import find_logits, untouched, unwrap
 from .layers import find_layer
 from .cam import cam_maps
@@ -29,7 +30,7 @@ def _known(learn):
     dl = learn.dls.valid if len(learn.dls.loaders) > 1 else learn.dls.train
     if not getattr(dl, 'vocab', None):
         raise InputError('the learner knows no classes, as that of a regression: it has no map of a class')
-    norm = next((t for t in dl.after_batch.fs if isinstance(t, Normalize)), None)
+    norm = loader_norm(dl)
     channels = 3
     size = next((t.size[::-1] for t in dl.dataset.tls[0].tfms.fs if isinstance(t, Squeeze)), None)
     if len(dl.dataset): channels,*size = next(image_batches(dl, [0])).shape[1:] # an exported learner has no images

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.interpret import ClassificationInterpretation
-from fastai.vision.all import Callback, DataLoader, delegates, Learner, noop, Normalize, patch
+from fastai.vision.all import Callback, DataLoader, delegates, Learner, noop, patch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn import metrics as skm
 
 from .core import InputError
+from .loaders import loader_norm
 from .forward import find_logits
 from .heads import class_index, class_probs
 from .panels import fit_text, new_figure
@@ -351,11 +352,10 @@ def image_batches(
     with _as_valid(dl):
         for b in dl: yield b[0]
 
-def _norm(dl): return next((t for t in dl.after_batch.fs if isinstance(t, Normalize)), None)
-
 def _pixels(dl, xb):
     "A normalised batch as uint8 N×H×W×3"
-    xb = xb if _norm(dl) is None else _norm(dl).decode(xb)
+    norm = loader_norm(dl)
+    xb = norm.decode(xb) if norm else xb
     x = (255*xb.detach().float().clamp(0, 1)).round().byte().cpu().as_subclass(torch.Tensor)
     return x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 

@@ -6,7 +6,7 @@
 __all__ = ['SHARED', 'model_card', 'push_to_hub', 'ship_run', 'pretrained_run']
 
 # %% ../nbs/22_share.ipynb #22imp1s
-import shutil
+import json, shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,10 +19,21 @@ from .scorecard import methods_at_chance
 from .recipe import recipe_learner
 from .evaluate import evaluate_learner, image_format, load_weights, save_weights
 from .run import load_run, Run
+from .summary import changed_settings
 
 # %% ../nbs/22_share.ipynb #2443dd6d
 SHARED = ['*.json', 'history.csv', 'classification_report.csv', 'layers.txt', 'weights.safetensors', 'figures/*.png',
           'report.html', 'README.md']
+
+def _said_of_maps(path):
+    "ROAD and GridPG of two methods and of random maps, from a run's scorecard; '' without one"
+    try: rows = json.loads((path/'score.json').read_text(encoding='utf-8'))['rows']
+    except OSError: return ''
+    def said(s): return f'{s["mean"]:.2f} ({s["low"]:.2f} to {s["high"]:.2f})'
+    lines = [f'- {method}: ROAD {said(rows[method]["road"])}, GridPG {said(rows[method]["gridpg"])}'
+             for method in ('hirescam', 'gradcam', 'randomcam') if method in rows]
+    head = 'How far its maps can be believed, with 95 % intervals (`randomcam` is the control):'
+    return '\n'.join([head, '', *lines, '', ''])
 
 def model_card(
     run:Run, # a finished run
@@ -31,6 +42,7 @@ def model_card(
     "What the Hub shows first: how the network was trained, what it reaches and how to ask it"
     m,r,env = run.metrics,run.recipe,run.env
     trained_on = f'`{run.data_name}`, seed {env["seed"]}, on {env["processor"] or env["device"]}'
+    own = ', '.join(f'`{k}={v}`' for k,v in changed_settings(r).items())
     source = ''
     if run.data_name=='cifar10':
         source = 'CIFAR-10: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images* (2009).'
@@ -42,7 +54,7 @@ library_name: cifar_cam
 ---
 # {r.name}
 
-{r.arch} with {r.norm} normalisation, {r.epochs} epochs on {trained_on}:
+{r.arch} with {r.norm} normalisation, {r.epochs} epochs on {trained_on}{own and ', with ' + own}:
 {100*m["accuracy"]:.2f} % of {m["images"]:,} test images, {100*m["accuracy_flip_tta"]:.2f} % averaged with their
 mirror images; {run.chosen_on}.
 
@@ -51,9 +63,9 @@ mirror images; {run.chosen_on}.
 `hf download REPOSITORY --local-dir FOLDER` fetches it as a folder, and
 `cifar-cam explain photo.jpg --run FOLDER` asks it about a photo.
 
-Limits: it knows {", ".join(m["class_accuracy"])}, and nothing else; whatever it sees becomes one of these.
-A photo is squeezed to {m["size"][0]}×{m["size"][1]} pixels. The accuracy is that of images like those it was trained
-on; photos of other kinds do worse.
+{_said_of_maps(run.path)}Limits: it knows {", ".join(m["class_accuracy"])}, and nothing else;
+whatever it sees becomes one of these. A photo is squeezed to {m["size"][0]}×{m["size"][1]} pixels.
+The accuracy is that of images like those it was trained on; photos of other kinds do worse.
 """
 
 def push_to_hub(
@@ -104,8 +116,8 @@ def from_pretrained(cls:CamInterpretation,
     dls:DataLoaders, # of CIFAR-10, from `cifar_dls`
     ds_idx:int=1, # which of its loaders: 0 train, 1 validation, -1 the last
 ) -> CamInterpretation:
-    """What the network that comes with the package makes of the images of `dls`. Its scorecard finds some methods at
-    chance, Grad-CAM for one; they warn. Raises InputError for other classes, sizes or normalisation"""
+    """What the network that comes with the package makes of the images of `dls`. A method that its scorecard finds at
+    chance warns. Raises InputError for other classes, sizes or normalisation"""
     run = pretrained_run()
     known = list(run.metrics['class_accuracy'])
     given = [str(c) for c in dls.vocab]
