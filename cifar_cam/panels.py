@@ -144,8 +144,8 @@ class _ShownOnce(Figure):
 
 # %% ../nbs/13_panels.ipynb #13fig1
 def new_figure(
-    size:tuple|None, # width and height in inches, unless `figsize` is given; None: matplotlib's
-    figsize:tuple=None, # the caller's choice of `size`
+    size:tuple|None, # the caller's width and height in inches; None: matplotlib's
+    figsize:tuple=None, # the user's width and height in inches, in place of `size`; None: as it fits
     dpi:int=None, # dots an inch; None: matplotlib's
     **kwargs, # more for `plt.figure`
 ) -> Figure:

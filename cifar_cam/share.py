@@ -42,7 +42,7 @@ def model_card(
     "What the Hub shows first: how the network was trained, what it reaches and how to ask it"
     m,r,env = run.metrics,run.recipe,run.env
     trained_on = f'`{run.data_name}`, seed {env["seed"]}, on {env["processor"] or env["device"]}'
-    own = ', '.join(f'`{k}={v}`' for k,v in changed_settings(r).items())
+    own = ', '.join(f'`{k}={v}`' for k,v in changed_settings(r).items() if k!='epochs')
     source = ''
     if run.data_name=='cifar10':
         source = 'CIFAR-10: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images* (2009).'

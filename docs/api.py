@@ -41,7 +41,9 @@ def text(s):
 def code(s): return f"`{s}`".replace('|', r'\|') if s else ''
 
 
-def parameters(node, comments):
+DEFINED = {} # 'function' or 'Class.method' → (its node, the comments of its module): what `delegates` refers to
+
+def _own_parameters(node, comments):
     "Name, type, default and comment of each parameter; a comment behind several parameters on one line is about all of them"
     a = node.args
     plain = [*a.posonlyargs, *a.args]
@@ -51,6 +53,18 @@ def parameters(node, comments):
     unparse = lambda o: ast.unparse(o) if o else ''
     return [(star.get(p, '') + p.arg, unparse(p.annotation).replace(' | ', '|'), unparse(d), comments.get(p.lineno, ''))
             for p,d in rows if p.arg not in ('self', 'cls')]
+
+def parameters(node, comments):
+    "The same, and before `**kwargs` those that `delegates` takes over from another function"
+    rows = _own_parameters(node, comments)
+    for call in reversed(node.decorator_list): # the one below comes first
+        if not (isinstance(call, ast.Call) and ast.unparse(call.func)=='delegates' and ast.unparse(call.args[0]) in DEFINED): continue
+        but = next((ast.literal_eval(k.value) for k in call.keywords if k.arg=='but'), ())
+        known = {name for name,*_ in rows} | set(but)
+        taken = [r for r in _own_parameters(*DEFINED[ast.unparse(call.args[0])]) if r[2] and r[0] not in known]
+        stars = [r for r in rows if r[0].startswith('**')]
+        rows = [r for r in rows if r not in stars] + taken + stars
+    return rows
 
 def fields(node, comments):
     "The same of the fields of a dataclass or a named tuple"
@@ -127,4 +141,7 @@ def page(m):
 def modules(package):
     "The modules exported from a notebook, in the order of the notebooks"
     found = [Module(p) for p in package.glob('*.py') if p.stem not in ('__init__', '__main__', '_modidx', 'all')]
+    for m in found:
+        DEFINED.update({name: (n, m.comments) for name,n in m.names.items() if isinstance(n, ast.FunctionDef)})
+        DEFINED.update({f'{cls}.{n.name}': (n, m.comments) for cls,nodes in m.patches().items() for n in nodes})
     return sorted(found, key=lambda m: m.notebook)

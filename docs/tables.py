@@ -29,7 +29,7 @@ def percent(x): return f'{100*x:.2f}'
 
 def hardware(env):
     name = env.get('processor') or env['device']
-    return name if env['device'].startswith('cuda') else f"{env['threads']} threads of an {name}"
+    return name if env['device'].startswith('cuda') else f"{env['threads']} thread{'s'*(env['threads'] > 1)} of an {name}"
 
 def minutes(run):
     "Training alone, where the history tells it apart from what was measured after each epoch"
@@ -47,7 +47,8 @@ def row(folder, runs, to):
     lo,hi = load(folder, 'summary.json')['interval'] if len(runs) > 1 else metrics[0]['accuracy_interval']
     published = f"{recipe['published']} {recipe['published_as']}" if recipe['published'] else '—'
     with_tta = mean([m.get('accuracy_tta', m['accuracy_flip_tta']) for m in metrics])
-    return [f"[{recipe['name']}]({to}{folder.relative_to(RESULTS)}/)", published, percent(mean([m['accuracy'] for m in metrics])), f'{percent(lo)} to {percent(hi)}',
+    name = ', '.join([recipe['name'], *(f'`{k}={v}`' for k,v in (changed(recipe) or {}).items() if k!='epochs')])
+    return [f"[{name}]({to}{folder.relative_to(RESULTS)}/)", published, percent(mean([m['accuracy'] for m in metrics])), f'{percent(lo)} to {percent(hi)}',
             percent(with_tta), metrics[0]['epochs'], len(runs), f'{mean([minutes(r) for r in runs]):.0f}', hardware(env)]
 
 def recipes():
@@ -63,13 +64,17 @@ def recipes():
         found[r['name']] = r
     return found
 
+def changed(recipe):
+    "The settings that are not those of the built-in recipe of this name; None where there is none"
+    base = recipes().get(recipe['name'])
+    return base and {k: v for k,v in recipe.items() if base[k]!=v and k not in ('published', 'published_as')}
+
 def command(runs):
     "The line that trains `runs` again; None where their recipe is not a built-in one"
     recipe,env = load(runs[0], 'recipe.json'),load(runs[0], 'env.json')
-    base = recipes().get(recipe['name'])
-    if base is None: return None
-    changed = {k: v for k,v in recipe.items() if base[k]!=v and k not in ('published', 'published_as')}
-    options = [f'--{k} {changed.pop(k)}' for k in ('epochs', 'bs') if k in changed] + [f"--set {shlex.quote(f'{k}={v}')}" for k,v in changed.items()]
+    own = changed(recipe)
+    if own is None: return None
+    options = [f'--{k} {own.pop(k)}' for k in ('epochs', 'bs') if k in own] + [f"--set {shlex.quote(f'{k}={v}')}" for k,v in own.items()]
     options += [f'--runs {len(runs)}']*(len(runs) > 1) + [f"--seed {env['seed']}"]*(env['seed'] > 0) + ['--published-protocol']*env['published_protocol']
     return ' '.join(['cifar-cam train', recipe['name'], *options])
 
@@ -78,11 +83,11 @@ def commands():
     return '\n'.join(['```sh', *filter(None, (command(runs) for _,runs in in_order())), '```'])
 
 def in_order():
-    "The groups in the order of the recipes, the longest training first"
+    "The groups in the order of the recipes: first the training that is the recipe's own, then the longest"
     order = [*recipes()]
     def key(group):
         recipe = load(group[1][0], 'recipe.json')
-        return order.index(recipe['name']) if recipe['name'] in order else len(order), -recipe['epochs']
+        return order.index(recipe['name']) if recipe['name'] in order else len(order), bool(changed(recipe)), -recipe['epochs']
     return sorted(groups(), key=key)
 
 def results(to, shortest=1):
@@ -133,7 +138,7 @@ def launches():
     return table(['recipe', *parts, 'together', 'waits'], rows)
 
 def ours():
-    "The longest training of each recipe, as CSV"
+    "A training of each recipe, its own where there is one, as CSV"
     lines = {}
     for _,runs in in_order():
         recipe,accuracy = load(runs[0], 'recipe.json'),mean([load(r, 'metrics.json')['accuracy'] for r in runs])

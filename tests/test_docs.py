@@ -142,7 +142,9 @@ def test_every_public_name_is_in_the_api_with_the_comment_of_each_parameter(path
     for name in names: assert f'cifar_cam.{path.stem}.{name}' in page.at, name
     for name in with_parameters:
         text = plain(entry(page, path.stem, names, name))
-        for parameter,comment in docments(getattr(module, name)).items():
+        said = docments(getattr(module, name))
+        if isinstance(getattr(module, name), type): said.pop('return', None)  # docments takes the last comment for it
+        for parameter,comment in said.items():
             assert parameter in ('self', 'return') or parameter in text, f'{name}: {parameter}'
             assert plain(comment or '') in text, f'{name}, {parameter}: {comment}'
 

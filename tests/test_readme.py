@@ -47,13 +47,13 @@ def test_the_table_of_results_is_what_the_records_say(monkeypatch):
         for l in lines: assert f' {100*sum(accuracies)/len(runs):.2f} ' in l and f'| {epochs} | {len(runs)} |' in l
 
 
-def test_the_recipes_at_the_shell_say_what_our_longest_training_reached(monkeypatch):
+def test_the_recipes_at_the_shell_say_what_their_own_training_reached(monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'docs')
     import tables
     told = recipe_table().set_index('recipe').ours
     for recipe in told.index:
         of = [(json.loads((r/'recipe.json').read_text()), json.loads((r/'metrics.json').read_text())) for r in tables.records()]
-        best = max((m['epochs'] for r,m in of if r['name']==recipe), default=None)
+        best = max((m['epochs'] for r,m in of if r['name']==recipe and not tables.changed(r)), default=None)
         assert told[recipe] == '—' if best is None else f'in {best} epochs' in told[recipe] and float(told[recipe].split()[0]) > 0
 
 
@@ -69,7 +69,8 @@ def test_each_column_of_the_results_is_that_of_the_records(monkeypatch):
         [line] = [l for l in lines if l.startswith('|') and f'results/{folder.name}/)' in l]
         cells = [c.strip() for c in line.split('|')[1:-1]]
         assert cells[3:5] == [f'{100*low:.2f} to {100*high:.2f}', f'{tta:.2f}'] and cells[7] == f'{minutes:.0f}'
-        if 'speedrun' in folder.name: assert f'**{tta:.2f} % on CIFAR-10 after {minutes:.0f} minutes' in (ROOT/'README.md').read_text()
+        recipe = json.loads((runs[0]/'recipe.json').read_text())
+        if recipe['name']=='speedrun' and not tables.changed(recipe): assert f'**{tta:.2f} % on CIFAR-10 after {minutes:.0f} minutes' in (ROOT/'README.md').read_text()
 
 
 def test_a_record_is_copied_whole_and_an_unfinished_run_is_refused(finished, tmp_path, monkeypatch):
