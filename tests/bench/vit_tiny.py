@@ -2,7 +2,8 @@
 
 Train it:  cifar-cam train tests/bench/vit_tiny.toml
 Score it:  python tests/bench/vit_tiny.py RUN --json PATH
-The second command continues from the run's weights on Shapes10, whose masks are known, and scores every method that fits on both sets."""
+The second command scores every method that fits on CIFAR-10; then it continues from the run's weights on Shapes10, whose masks are known, and
+scores them there too."""
 import argparse, json, tempfile, time
 from pathlib import Path
 
@@ -56,14 +57,17 @@ def main():
     p.add_argument('--lr', type=float, default=5e-4)
     p.add_argument('-n', type=int, default=100)
     p.add_argument('--montages', type=int, default=50)
+    p.add_argument('--sets', nargs='+', choices=('cifar10', 'shapes'), default=('cifar10', 'shapes'))
     a = p.parse_args()
     run = load_run(a.run)
-    env = environment('shapes', 'cpu', 0)
+    env = environment('cifar10', 'cpu', 0)
     res = dict(about=__doc__.splitlines()[0], **{k: env[k] for k in ('processor', 'threads', 'python', 'torch', 'cifar_cam')}, sets={})
-    learn = on_shapes(run, a.epochs, a.lr)
-    for name,l,how in (('shapes', learn, dict(epochs=a.epochs, bs=50, lr=a.lr, from_weights_of='cifar10')),
-                       ('cifar10', run.learn, dict(epochs=run.metrics['epochs'], minutes=round(run.history.train_seconds.sum()/60)))):
-        res['sets'][name] = dict(training=how, accuracy=accuracy(l), scorecard=scored(l, n=a.n, montages=a.montages))
+    for name in a.sets:
+        if name=='cifar10':
+            learn,how = run.learn,dict(epochs=run.metrics['epochs'], minutes=round(run.history.train_seconds.sum()/60))
+        else:
+            learn,how = on_shapes(run, a.epochs, a.lr),dict(epochs=a.epochs, bs=50, lr=a.lr, from_weights_of='cifar10')
+        res['sets'][name] = dict(training=how, accuracy=accuracy(learn), scorecard=scored(learn, n=a.n, montages=a.montages))
         print(name, res['sets'][name]['accuracy'], res['sets'][name]['scorecard']['about'].get('left_out'), flush=True)
         if a.json: Path(a.json).write_text(json.dumps(res, indent=1) + '\n')
 
