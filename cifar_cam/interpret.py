@@ -380,9 +380,9 @@ def plot_mean_cams(self:CamInterpretation,
     "The mean image and the mean CAM of classes and of confused pairs. A name stands for its images that are right"
     chosen,about = self._choose(None, 20) if classes is None else ([],'')
     classes = [self._names[c] for c in chosen] if classes is None else list(classes)
-    _,figure,options,target = _options(kwargs)
+    drawing,figure,options,target = _options(kwargs)
     if not classes: return message_figure(self._none(classes), **figure)
-    means = self.mean_cams(classes, n, **options)
+    means = self.mean_cams(classes, n, **drawing, **options) # an `alpha` is refused there: no image lies beneath
     high = max([m.max() for _,m,_ in means if m is not None], default=1)
     head = '; '.join(filter(None, ('mean image and mean CAM', about)))
     p = Panels(2, len(classes), 0, head, True, .95, plain, above=2 + any(map(_is_pair, classes)), **figure)

@@ -25,15 +25,21 @@ from .summary import changed_settings
 SHARED = ['*.json', 'history.csv', 'classification_report.csv', 'layers.txt', 'weights.safetensors', 'figures/*.png',
           'report.html', 'README.md']
 
+def _score(name, s):
+    "A measure with its interval, or nothing where it was not measured"
+    if not s or s['mean'] is None: return ''
+    between = '' if s['low'] is None else f' ({s["low"]:.2f} to {s["high"]:.2f})'
+    return f'{name} {s["mean"]:.2f}{between}'
+
 def _said_of_maps(path):
-    "ROAD and GridPG of two methods and of random maps, from a run's scorecard; '' without one"
+    "ROAD and GridPG of two methods and of random maps, from a run's scorecard; '' without one that can be read"
     try: rows = json.loads((path/'score.json').read_text(encoding='utf-8'))['rows']
-    except OSError: return ''
-    def said(s): return f'{s["mean"]:.2f} ({s["low"]:.2f} to {s["high"]:.2f})'
-    lines = [f'- {method}: ROAD {said(rows[method]["road"])}, GridPG {said(rows[method]["gridpg"])}'
-             for method in ('hirescam', 'gradcam', 'randomcam') if method in rows]
+    except (OSError, ValueError, LookupError, TypeError): return ''
+    scores = {m: [_score(name, rows[m].get(k)) for k,name in (('road', 'ROAD'), ('gridpg', 'GridPG'))]
+              for m in ('hirescam', 'gradcam', 'randomcam') if m in rows}
+    lines = [f'- {m}: {", ".join(filter(None, found))}' for m,found in scores.items() if any(found)]
     head = 'How far its maps can be believed, with 95 % intervals (`randomcam` is the control):'
-    return '\n'.join([head, '', *lines, '', ''])
+    return '\n'.join([head, '', *lines, '', '']) if lines else ''
 
 def model_card(
     run:Run, # a finished run

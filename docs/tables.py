@@ -3,6 +3,7 @@
 Copies the records of the finished runs named, if any, and writes the tables of runs, of CAM scores and of benchmarks, and the commands that repeat a run, into docs/results.md and nbs/index.ipynb, from which `.ci/readme` makes README.md, and what
 `cifar-cam recipes` says into cifar_cam/published/ours.csv. A run of several seeds is the folder that `cifar-cam train --runs` made. Without a new record nothing changes."""
 import ast, csv, json, re, shlex, shutil, subprocess, sys
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
@@ -51,6 +52,7 @@ def row(folder, runs, to):
     return [f"[{name}]({to}{folder.relative_to(RESULTS)}/)", published, percent(mean([m['accuracy'] for m in metrics])), f'{percent(lo)} to {percent(hi)}',
             percent(with_tta), metrics[0]['epochs'], len(runs), f'{mean([minutes(r) for r in runs]):.0f}', hardware(env)]
 
+@cache
 def recipes():
     "The built-in recipes as dictionaries, read from the text of the module: this needs no PyTorch"
     names = api.Module(ROOT/'cifar_cam'/'recipe.py').names

@@ -495,6 +495,15 @@ def test_explain_agrees_with_the_learner(interp, learn):
     assert fig.axes[1].get_title(loc='left') == f'CAM of {top[0]}'
     assert [t.get_text() for t in fig.axes[2].texts] == [t for c in top for t in (c, f'{100*probs[c]:.1f} %')]
 
+@pytest.mark.parametrize('draw', ['plot_images', 'plot_top_losses', 'plot_cams', 'plot_class_images', 'plot_class_cams', 'plot_mean_cams',
+                                  'plot_confusion_matrix', 'plot_per_class_accuracy'])
+def test_the_user_chooses_the_size_of_a_figure(interp, draw):
+    fig = getattr(interp, draw)(figsize=(7, 5), dpi=50)
+    assert tuple(fig.get_size_inches()) == (7, 5) and fig.dpi == 50
+
+def test_a_mean_map_lies_over_no_image(interp):
+    with pytest.raises(TypeError, match='alpha'): interp.plot_mean_cams(alpha=.5)
+
 def test_explain_says_what_it_needs(interp):
     with pytest.raises(InputError, match='pass vocab and stats'): explain_image('no network', interp.files([17])[0])
 

@@ -1,5 +1,5 @@
 "The network that comes with the package: nothing trained, no network connection"
-import hashlib, json, re
+import hashlib, json, re, shutil
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from cifar_cam.images import CIFAR10
 from cifar_cam.loaders import cifar_dls
 from cifar_cam.interpret import CamInterpretation
 from cifar_cam.run import load_run
-from cifar_cam.share import pretrained_run, ship_run
+from cifar_cam.share import model_card, pretrained_run, ship_run
 
 FOLDER = files('cifar_cam')/'pretrained'
 
@@ -59,6 +59,27 @@ def test_galleries_of_the_users_images(like_cifar):
     assert torch.allclose(interp.probs[:len(direct)], direct, atol=1e-5)
     interp.plot_cams(4, 'top_losses')
     plt.close('all')
+
+
+def test_a_method_that_the_scorecard_finds_at_chance_warns(like_cifar, monkeypatch):
+    monkeypatch.setattr('cifar_cam.share.methods_at_chance', lambda path: ('gradcam',))
+    interp = CamInterpretation.from_pretrained(cifar_dls(like_cifar, bs=10))
+    with pytest.warns(UserWarning, match='finds the maps of gradcam at chance'): interp.cams([0], method='gradcam')
+
+
+def test_the_card_says_of_the_maps_what_was_measured(tmp_path):
+    shutil.copytree(FOLDER, tmp_path/'run')
+    file = tmp_path/'run'/'score.json'
+    told = lambda: model_card(load_run(tmp_path/'run'))
+    score = json.loads(file.read_text())
+    assert 'hirescam: ROAD 0.27 (0.25 to 0.29), GridPG 0.95 (0.95 to 0.95)' in told()
+    for row in score['rows'].values(): row.pop('gridpg')  # as where no montage could be made
+    score['rows']['gradcam']['road'] = dict(mean=.5, low=None, high=None)
+    file.write_text(json.dumps(score))
+    assert 'hirescam: ROAD 0.27 (0.25 to 0.29)\n' in told() and 'gradcam: ROAD 0.50\n' in told() and 'GridPG' not in told()
+    for bad in '', '[]', '{"rows": {}}':
+        file.write_text(bad)
+        assert 'believed' not in told() and 'Limits' in told()
 
 
 def test_other_classes_and_sizes_are_refused_by_name(shapes, like_cifar):
