@@ -268,6 +268,16 @@ def _misplaced(t, grid):
     for change in (top - a).abs().mean(0), (left - a).abs().mean(0).T: # the half that changes comes first
         if (change[:(len(change) + 1)//2] < 1e-4*change.max()).float().mean() > 0.1: return True
 
+def _scattered(t, grid):
+    "Do some places change far more than the others, without being those whose half of the image changes?"
+    a,top,left,_ = grid.to_map(t.detach().float())
+    for change in (top - a).abs().mean(0), (left - a).abs().mean(0).T:
+        half = len(change)//2
+        few,many = (part.median() for part in change.flatten().sort().values.chunk(2))
+        ranks = change.flatten().argsort().argsort().view_as(change).double()
+        apart = (ranks[:half].mean() - ranks[-half:].mean())/(change.numel()/2)  # 1 if the half that changes is first
+        if many > 3*few and apart < 0.5: return True
+
 # %% ../nbs/11_forward.ipynb #650fc36e
 class LayerTrace:
     "Every call of a module in one pass of four images of noise, and what was made of what"
@@ -347,7 +357,7 @@ def _grid(self:LayerTrace, t):
             if front + behind: self.beside.insert(1, (front, behind))
             grid = MapGrid(order, *size, front, front + behind)
             if _agreement(t, grid) > 0.5: return grid
-            if _misplaced(t, grid): self.shuffled[length] = True
+            if _misplaced(t, grid) or _scattered(t, grid): self.shuffled[length] = True
             return None if length in self.shuffled else grid
 
 @patch

@@ -121,6 +121,19 @@ def scorecards(to):
                   table(['method', *MEASURES.values()], [[method, *(_cell(row.get(m), m=='randomisation' and method in card['survivors']) for m in MEASURES)] for method,row in card['rows'].items()])]
     return '\n\n'.join(parts)
 
+def transformer(to):
+    "A table for each set on which every method was scored on a ViT"
+    record = json.loads((RESULTS/'vit-tiny.json').read_text())
+    parts = []
+    for name,r in record['sets'].items():
+        card = r['scorecard']
+        about = card['about']
+        measures = dict(energy='energy in object ↑', pointing='pointing game ↑') | MEASURES
+        measures = {m: head for m,head in measures.items() if any(m in row for row in card['rows'].values())}
+        parts += [f"{dict(cifar10='CIFAR-10', shapes='Shapes10')[name]}, {percent(r['accuracy'])} %: {about['images']} test images and {about['montages']} montages at `{about['layer']}` ([the scores]({to}vit-tiny.json)).",
+                  table(['method', *measures.values()], [[method, *(_cell(row.get(m), m=='randomisation' and method in card['survivors']) for m in measures)] for method,row in card['rows'].items()])]
+    return '\n\n'.join(parts)
+
 def headline(to):
     "The sentence about `speedrun` on README's first screen"
     folder,runs = next((folder, runs) for folder,runs in in_order() if load(runs[0], 'recipe.json')['name']=='speedrun')
@@ -162,7 +175,7 @@ def pages():
     for mark,t in dict(headline=headline(to)).items():
         cell = next(c for c in index['cells'] if f'<!-- {mark} -->\n' in c['source'])
         cell['source'] = filled(''.join(cell['source']), **{mark: t}).splitlines(keepends=True)
-    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), commands=commands(), benchmarks=benchmarks('results/'), scorecards=scorecards('results/'), launches=launches()),
+    return {ROOT/'docs'/'results.md': filled((ROOT/'docs'/'results.md').read_text(), results=results('results/'), commands=commands(), benchmarks=benchmarks('results/'), scorecards=scorecards('results/'), launches=launches(), transformer=transformer('results/')),
             ROOT/'cifar_cam'/'published'/'ours.csv': ours(),
             ROOT/'nbs'/'index.ipynb': json.dumps(index, ensure_ascii=False, indent=1) + '\n'}
 

@@ -400,12 +400,18 @@ def windows(m): return m.unflatten(3, (2, 3)).unflatten(2, (2, 3)).transpose(3, 
 class Ordered(nn.Module):
     "Tokens in an order of its own"
     def __init__(self, order): super().__init__(); self.order,self.patches,self.blocks,self.fc = order,nn.Conv2d(3, 16, 8, 8),nn.Sequential(*[nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)) for _ in range(2)]),nn.Linear(16, 5)
-    def forward(self, x): return self.fc(self.blocks(self.order(self.patches(x)).flatten(2).transpose(1, 2)).mean(1))
+    def forward(self, x): return self.fc(self.blocks(self.mixed(self.order(self.patches(x)).flatten(2).transpose(1, 2))).mean(1))
+    def mixed(self, t): return t
 
+class OrderedAndMixed(Ordered):
+    "Each token has something of all others, as after attention to the whole image"
+    def mixed(self, t): return t + t.mean(1, keepdim=True)
+
+@pytest.mark.parametrize('network', [Ordered, OrderedAndMixed])
 @pytest.mark.parametrize('order,known', [(lambda m: m, True), (lambda m: m.transpose(2, 3), False), (lambda m: m.roll(3, 2), False), (unrolled, False), (windows, False),
                                          (lambda m: m.unflatten(2, (3, 2)).transpose(2, 3), False)])
-def test_tokens_that_do_not_lie_row_by_row_are_no_map(order, known):
-    m,x = Ordered(order).eval(),torch.randn(2, 3, 48, 48)
+def test_tokens_that_do_not_lie_row_by_row_are_no_map(order, known, network):
+    m,x = network(order).eval(),torch.randn(2, 3, 48, 48)
     assert (trace_layers(m, x[:1]).grid('blocks.1.0') is not None) == known
     assert cam_layer(m, x=x[:1])[0] == ('blocks.1.0' if known else 'patches')
 
@@ -424,6 +430,9 @@ def test_the_tokens_of_hiera_are_in_rows_in_its_last_stage_only():
     trace = trace_layers(m, torch.zeros(1, 3, 224, 224))
     assert [trace.grid(f'blocks.{i}') is not None for i in range(6)] == [False]*4 + [True]*2
     assert cam_layer(m, size=(224, 224))[0] == 'blocks.5.norm1'
+    m = timm.create_model('hiera_tiny_224', embed_dim=24, stages=(1, 1, 2, 2), num_classes=5, img_size=(64, 64)) # attention reaches a quarter of the image
+    trace = trace_layers(m, torch.zeros(1, 3, 64, 64))
+    assert [trace.grid(f'blocks.{i}') is not None for i in range(6)] == [False]*4 + [True]*2
 
 
 class Tokens(nn.Module):
