@@ -162,7 +162,7 @@ class WeightAverage(Callback):
 
 # %% ../nbs/09b_callbacks.ipynb #9c37e370
 class UpdateRatio(Callback):
-    "Every `every` steps, record ‖step‖/‖weights‖ of each weight matrix or kernel"
+    "Every `every` steps, record ‖step‖/‖weights‖ of each weight matrix or kernel; after each epoch, the accuracy"
     order,run_valid,old = 65,False,None
     def __init__(self,
         every:int=10, # steps between two measurements, each of which copies the weights once
@@ -170,6 +170,7 @@ class UpdateRatio(Callback):
         self.every = every
         self.steps = []
         self.ratios = {}
+        self.accuracies = []  # (steps done, accuracy) after each epoch that has one
 
     def _weights(self): return {n: p.detach() for n,p in self.model.named_parameters() if p.ndim > 1}
 
@@ -185,23 +186,50 @@ class UpdateRatio(Callback):
             self.ratios.setdefault(n, []).append(((p - self.old[n]).norm()/self.old[n].norm()).item())
         self.old = None
 
+    def after_epoch(self):
+        row = self.recorder.values[-1] if self.recorder.values else []
+        accuracy = dict(zip(self.recorder.metric_names[1:], row)).get('accuracy')
+        if accuracy is not None: self.accuracies.append((self.train_iter, accuracy))
+
+
 # %% ../nbs/09b_callbacks.ipynb #e8742e4f
+def _draw_ratios(ax, cb):
+    "A line for each layer, the first one dark"
+    for i,r in enumerate(cb.ratios.values()):
+        ax.plot(cb.steps, r, lw=1, c=plt.cm.viridis(i/max(1, len(cb.ratios) - 1)))
+    ax.axhline(1e-3, c='0.5', ls=':')
+    ax.set(yscale='log')
+
+def _draw_accuracies(ax, cb):
+    steps,shares = zip(*cb.accuracies)
+    ax.plot(steps, [100*s for s in shares], 'o-', c='C1', ms=4, lw=1)
+    ax.annotate(f'{100*shares[-1]:.1f}', (steps[-1], 100*shares[-1]), xytext=(-3, 4), textcoords='offset points',
+                ha='right', fontsize=8)
+    ax.margins(y=.3)
+
 def plot_update_ratios(
     runs:dict, # name → `UpdateRatio` after a training; a panel each
     figsize:tuple=None, # inches
 ):
-    "How far a step moves each layer, relative to its weights, over the training: early layers dark, late ones light"
-    figsize = figsize or (5*len(runs), 3.2)
-    fig,axs = plt.subplots(1, len(runs), figsize=figsize, sharey=True, squeeze=False, layout='constrained')
-    for ax,(name,cb) in zip(axs[0], runs.items()):
-        for i,(layer,r) in enumerate(cb.ratios.items()):
-            label = layer.removesuffix('.weight') if i in (0, len(cb.ratios) - 1) else None
-            ax.plot(cb.steps, r, lw=1, c=plt.cm.viridis(i/max(1, len(cb.ratios) - 1)), label=label)
-        ax.axhline(1e-3, c='0.6', ls=':')
-        ax.set(title=name, xlabel='step', yscale='log')
-        ax.legend(fontsize=8)
+    "How far a step moves each layer, relative to its weights, over the training; below it the accuracy of each epoch"
+    tall = any(cb.accuracies for cb in runs.values())
+    fig,axs = plt.subplots(1 + tall, len(runs), figsize=figsize or (3.2*len(runs) + 1, 3.2 + 1.5*tall), sharex='col',
+                           sharey='row', squeeze=False, layout='constrained', height_ratios=[2, 1][:1 + tall])
+    for column,(name,cb) in zip(axs.T, runs.items()):
+        _draw_ratios(column[0], cb)
+        if cb.accuracies: _draw_accuracies(column[1], cb)
+        column[0].set_title(name, fontsize=9)
+        column[-1].set_xlabel('step')
     axs[0,0].set_ylabel('‖step‖ / ‖weights‖')
+    axs[0,0].annotate('a thousandth', (0, 1e-3), xycoords=axs[0,0].get_yaxis_transform(), xytext=(3, 2),
+                      textcoords='offset points', fontsize=8, color='0.4')
+    if tall: axs[1,0].set(ylabel='accuracy, %')
+    layers = [n.removesuffix('.weight') for n in next(iter(runs.values())).ratios]
+    bar = fig.colorbar(plt.cm.ScalarMappable(cmap='viridis'), ax=axs[0], ticks=[0, 1], aspect=30)
+    bar.ax.set_yticklabels([layers[0], layers[-1]], fontsize=8)
+    bar.set_label('layers, the first dark', fontsize=8, labelpad=-8)
     return fig
+
 
 # %% ../nbs/09b_callbacks.ipynb #6319084a
 class ProgressiveResize(Callback):

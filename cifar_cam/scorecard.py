@@ -97,6 +97,7 @@ def caption(self:Scorecard) -> str:
     shrunk = ', shrunk to the size of one image,'*a.get('shrunk', False)
     if a['montages']: montages = f"{a['montages']} montages{shrunk or ','} layer {named(a['montage_layer'])}, from"
     out = ''.join(f' Left out: {m} ({why}).' for m,why in a.get('left_out', {}).items())
+    if (few := a.get('cascaded', a['images'])) < a['images']: out = f' Random weights: {few} of the images.{out}'
     return (f"{a['images']} of {a['correct']:,} correctly classified images ({a['total']:,} in all), layer "
             f"{named(a['layer'])}. GridPG: {montages} {a['eligible']:,} images with a probability of "
             f"{a['min_prob']} or more. 95 % bootstrap intervals, seed {a['seed']}.{marked}{out}")
@@ -269,14 +270,15 @@ def score_cams(
     seed:int=0, # of images, montages, noise, random weights and intervals
     progress:bool=True, # show a bar
     output=None, reshape=None, # see `cam_maps`; an interpretation remembers its own output
+    cascaded:int=None, # how many of the `n` images to map again with each layer more of random weights; None: all
 ) -> Scorecard:
     """Are these methods' maps to be believed? On the learner's last loader: the test images. A method that gives no map
     of this network is left out, and the caption says why. Raises InputError for wrong methods, layers, numbers,
     masks"""
     methods = [cam_method(m)[0] for m in ([methods] if isinstance(methods, str) else methods)]
     check_seed(seed)
-    if n < 1 or montages < 0 or not methods:
-        raise InputError(f'n={n}, montages={montages}, {len(methods)} methods: choose '
+    if n < 1 or montages < 0 or not methods or (cascaded is not None and cascaded < 1):
+        raise InputError(f'n={n}, montages={montages}, cascaded={cascaded}, {len(methods)} methods: choose '
                          'one image and one method at least')
     interp = learn
     if not isinstance(learn, CamInterpretation):
@@ -290,7 +292,7 @@ def score_cams(
     masks = _masks(interp, idxs, masks)
     tiles,shrunk = _tiles(model, interp[fours][0].as_subclass(torch.Tensor), output) if len(fours) else (None, False)
     def found(o): return None if o is None else _found_layer(model, layer, o[:1], min_px, output, reshape)
-    about |= dict(layer=found(x), montage_layer=found(tiles), shrunk=shrunk)
+    about |= dict(layer=found(x), montage_layer=found(tiles), shrunk=shrunk, cascaded=len(x[:cascaded]))
     given = dict(layer=layer, min_px=min_px, seed=seed, output=output, reshape=reshape)
     methods,about['left_out'] = _fitting(model, x, y, methods, given)
     *_,(_,untrained) = randomised(model, x, seed)
@@ -308,7 +310,7 @@ def score_cams(
             of_montages = _count(of_four.flatten(0, 1))
             counts[row] |= {f'montage_{k}': v for k,v in of_montages.items()}
         if net is model:
-            remains = {l: np.abs(r) for l,r in cascade(model, x, y, **how).items()}
+            remains = {l: np.abs(r) for l,r in cascade(model, x[:cascaded], y[:cascaded], **how).items()}
             scores[row]['randomisation'] = [*remains.values()][-1]
             cascades[row] = {l: _mean(r) for l,r in remains.items()}
     like = positive_maps(model, x, y, methods[0], **given)

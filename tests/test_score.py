@@ -483,6 +483,13 @@ def one_size(coloured):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, .02)
     return learn
 
+def test_the_cascade_of_fewer_images_is_that_of_the_first_ones(coloured):
+    whole,few = (score_cams(coloured, 'gradcam', n=6, montages=0, cascaded=c, progress=False) for c in (None, 2))
+    assert list(few.scores['gradcam']['randomisation']) == list(whole.scores['gradcam']['randomisation'])[:2]
+    assert (few.scores['gradcam']['road'] == whole.scores['gradcam']['road']).all()
+    assert 'Random weights: 2 of the images.' in few.caption() and 'Random weights' not in whole.caption()
+    with pytest.raises(InputError, match='cascaded=0'): score_cams(coloured, 'gradcam', n=6, cascaded=0, progress=False)
+
 def test_montages_for_a_network_of_one_size_are_shrunk_and_that_is_said(coloured):
     learn = one_size(coloured)
     interp = CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)

@@ -316,7 +316,14 @@ def test_update_ratios_are_the_steps_over_the_weights(shapes, tmp_path):
     quietly(learn, lambda l: l.fit(1, .1, cbs=note))
     assert cb.ratios['0.weight'][0] == pytest.approx(((note.now - before).norm()/before.norm()).item(), rel=1e-4)
     assert cb.steps == list(range(len(learn.dls.train))) and set(cb.ratios) == {'0.weight', '5.weight'}
-    assert len(plot_update_ratios({'a': cb, 'b': cb}).axes) == 2
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    assert cb.accuracies == [(len(learn.dls.train), row['accuracy'])]
+    fig = plot_update_ratios({'a': cb, 'b': cb})
+    assert len(fig.axes) == 2*2 + 1 and [ax.get_title() for ax in fig.axes[:2]] == ['a', 'b'] # ratios, accuracies, the scale of colours
+    assert f"{100*row['accuracy']:.1f}" in [t.get_text() for t in fig.axes[2].texts]
+    bare = UpdateRatio(every=1)
+    quietly(tiny_learner(shapes, tmp_path, metrics=[], cbs=[bare]), lambda l: l.fit(1, .1))
+    assert not bare.accuracies and len(plot_update_ratios({'a': bare}).axes) == 1 + 1
 
 
 def test_update_ratios_of_a_training_that_gathers_gradients(shapes, tmp_path):

@@ -7,13 +7,12 @@ scores them there too. With --weights PATH it keeps the weights of that second t
 import argparse, json, tempfile, time
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from timm import create_model
 
 from cifar_cam.augment import cifar_augment
 from cifar_cam.callbacks import ProgressiveResize
 from cifar_cam.cam import METHODS
-from cifar_cam.evaluate import predict_loader
+from cifar_cam.evaluate import load_weights, predict_loader, save_weights
 from cifar_cam.learner import cifar_learner
 from cifar_cam.loaders import cifar_dls
 from cifar_cam.models import MODELS
@@ -34,37 +33,43 @@ def accuracy(learn):
     return (logits.argmax(1)==targets).double().mean().item()
 
 
-def on_shapes(run, sides, lr, images, weights=None, seed=0):
-    "A learner on Shapes10 that begins with the run's weights, all but the head's; an epoch for each of `sides`, the image side in pixels"
-    dls = cifar_dls(shapes_path(tempfile.mkdtemp(), n_train=images), item_tfms=cifar_augment(cutout=0), bs=64, device='cpu')
-    learn = cifar_learner(dls, 'vit-tiny-4', opt='adamw', wd=.05, seed=seed, cbs=ProgressiveResize(sides))
-    if weights and Path(weights).is_file():
-        learn.model.load_state_dict(load_file(weights))
-        return learn
-    body = {k: v for k,v in run.model.state_dict().items() if not k.startswith('head.')}
-    learn.model.load_state_dict(body, strict=False)
-    learn.fit_one_cycle(len(sides), lr, pct_start=.1)
-    if weights: save_file(learn.model.state_dict(), weights)
+CYCLES = '3000:50:30:16,16,16,16,24,32:5e-4', '3000:50:16:16,16,24,32:1e-3', '30000:64:9:24,24,32:1e-3'  # what the record was trained with
+
+def read_cycle(text):
+    images,bs,epochs,sides,lr = text.split(':')
+    return dict(images=int(images), bs=int(bs), epochs=int(epochs), sides=[*map(int, sides.split(','))], lr=float(lr))
+
+def on_shapes(run, cycles, weights=None):
+    "A learner on Shapes10 that begins with the run's weights, all but the head's, and trains for one cycle after the other"
+    state = {k: v for k,v in run.model.state_dict().items() if not k.startswith('head.')}
+    known = weights and Path(weights).is_file()
+    for seed,c in enumerate(cycles[-1:] if known else cycles):
+        dls = cifar_dls(shapes_path(tempfile.mkdtemp(), n_train=c['images']), item_tfms=cifar_augment(cutout=0), bs=c['bs'], device='cpu')
+        learn = cifar_learner(dls, 'vit-tiny-4', opt='adamw', wd=.05, seed=seed)
+        if known: load_weights(learn.model, weights)
+        else:
+            learn.model.load_state_dict(state, strict=False)
+            learn.fit_one_cycle(c['epochs'], c['lr'], pct_start=.1, cbs=ProgressiveResize(c['sides']))
+            state = learn.model.state_dict()
+    if weights and not known: save_weights(learn.model, weights)
     return learn
 
 
 def scored(learn, **kwargs):
     start = time.time()
     card = score_cams(learn, tuple([*METHODS, 'rollout']), **kwargs)
-    return dict(about=card.about, seconds=round(time.time() - start),
-                rows={r: {m: card.stat(r, m) for m in card.metrics if card.stat(r, m)} for r in card.scores}, survivors=card.survivors)
+    return dict(json.loads(card.to_json()), seconds=round(time.time() - start))
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('run')
     p.add_argument('--json')
-    p.add_argument('--sides', type=int, nargs='+', default=(16, 24, 24, 24, 24, 32, 32, 32))
-    p.add_argument('--images', type=int, default=30000)
-    p.add_argument('--lr', type=float, default=1e-3)
+    p.add_argument('--cycles', nargs='+', type=read_cycle, default=[*map(read_cycle, CYCLES)], help='on Shapes10: images, batch size, epochs, sides of the images (an equal share of the epochs each), peak of the learning rate')
     p.add_argument('--weights')
     p.add_argument('-n', type=int, default=100)
     p.add_argument('--montages', type=int, default=50)
+    p.add_argument('--cascaded', type=int, help='how many of the n images to map again with each layer of random weights; all unless given')
     p.add_argument('--sets', nargs='+', choices=('cifar10', 'shapes'), default=('cifar10', 'shapes'))
     a = p.parse_args()
     run = load_run(a.run)
@@ -75,9 +80,8 @@ def main():
         if name=='cifar10':
             learn,how = run.learn,dict(epochs=run.metrics['epochs'], minutes=round(run.history.train_seconds.sum()/60))
         else:
-            learn = on_shapes(run, a.sides, a.lr, a.images, a.weights)
-            how = dict(epochs=len(a.sides), sides=list(a.sides), images=a.images, bs=64, lr=a.lr, from_weights_of='cifar10')
-        res['sets'][name] = dict(training=how, accuracy=accuracy(learn), scorecard=scored(learn, n=a.n, montages=a.montages))
+            learn,how = on_shapes(run, a.cycles, a.weights),dict(cycles=a.cycles, from_weights_of='cifar10')
+        res['sets'][name] = dict(training=how, accuracy=accuracy(learn), scorecard=scored(learn, n=a.n, montages=a.montages, cascaded=a.cascaded))
         print(name, res['sets'][name]['accuracy'], res['sets'][name]['scorecard']['about'].get('left_out'), flush=True)
         if a.json: Path(a.json).write_text(json.dumps(res, indent=1) + '\n')
 
