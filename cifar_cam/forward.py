@@ -253,30 +253,21 @@ def _probe(x):
 
 def _agreement(t, grid):
     "How well a change of the top half and of the left half shows there in the map: 1 is the most, 0 is chance"
-    m = grid.to_map(t.detach().float())
-    changes = (m[1:3] - m[:1]).abs().mean(1)
+    a,top,left,_ = grid.to_map(t.detach().float())
     agree = []
-    for axis in 0, 1:
-        n = changes.shape[axis + 1]//2
-        first,second = (changes[axis].narrow(axis, k, n).mean() for k in (0, changes.shape[axis + 1] - n))
+    for change in (top - a).abs().mean(0), (left - a).abs().mean(0).T: # the half that changes comes first
+        n = len(change)//2
+        first,second = change[:n].mean(),change[len(change) - n:].mean()
         if n and first + second > 0: agree.append(((first - second)/(first + second)).item())
     return min(agree, default=0.) # the worse axis
 
-def _misplaced(t, grid):
-    "Do many places stay as they are though their half of the image changes?"
-    a,top,left,_ = grid.to_map(t.detach().float())
-    for change in (top - a).abs().mean(0), (left - a).abs().mean(0).T: # the half that changes comes first
-        if (change[:(len(change) + 1)//2] < 1e-4*change.max()).float().mean() > 0.1: return True
-
-def _scattered(t, grid):
-    "Do some places change far more than the others, without being those whose half of the image changes?"
+def _disordered(t, grid):
+    "Do some places change far more than the others, but not those whose half of the image changes?"
     a,top,left,_ = grid.to_map(t.detach().float())
     for change in (top - a).abs().mean(0), (left - a).abs().mean(0).T:
-        half = len(change)//2
-        few,many = (part.median() for part in change.flatten().sort().values.chunk(2))
-        ranks = change.flatten().argsort().argsort().view_as(change).double()
-        apart = (ranks[:half].mean() - ranks[-half:].mean())/(change.numel()/2)  # 1 if the half that changes is first
-        if many > 3*few and apart < 0.5: return True
+        high = change > change.median()
+        if change[high].median() > 3*change[~high].median() and high[:len(change)//2].float().mean() < 0.75: return True
+
 
 # %% ../nbs/11_forward.ipynb #650fc36e
 class LayerTrace:
@@ -357,7 +348,7 @@ def _grid(self:LayerTrace, t):
             if front + behind: self.beside.insert(1, (front, behind))
             grid = MapGrid(order, *size, front, front + behind)
             if _agreement(t, grid) > 0.5: return grid
-            if _misplaced(t, grid) or _scattered(t, grid): self.shuffled[length] = True
+            if _disordered(t, grid): self.shuffled[length] = True
             return None if length in self.shuffled else grid
 
 @patch
