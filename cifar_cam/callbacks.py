@@ -220,9 +220,10 @@ def plot_update_ratios(
         if cb.accuracies: _draw_accuracies(column[1], cb)
         column[0].set_title(name, fontsize=9)
         column[-1].set_xlabel('step')
+        column[-1].xaxis.get_major_locator().set_params(integer=True)
     axs[0,0].set_ylabel('‖step‖ / ‖weights‖')
-    axs[0,0].annotate('a thousandth', (0, 1e-3), xycoords=axs[0,0].get_yaxis_transform(), xytext=(3, 2),
-                      textcoords='offset points', fontsize=8, color='0.4')
+    axs[0,-1].annotate('a thousandth', (1, 1e-3), xycoords=axs[0,-1].get_yaxis_transform(), xytext=(4, 0),
+                       textcoords='offset points', va='center', fontsize=8, color='0.4')
     if tall: axs[1,0].set(ylabel='accuracy, %')
     layers = [n.removesuffix('.weight') for n in next(iter(runs.values())).ratios]
     bar = fig.colorbar(plt.cm.ScalarMappable(cmap='viridis'), ax=axs[0], ticks=[0, 1], aspect=30)

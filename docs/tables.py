@@ -123,14 +123,13 @@ def scorecards(to):
 
 def transformer(to):
     "A table for each set on which every method was scored on a ViT"
-    record = json.loads((RESULTS/'vit-tiny.json').read_text())
     parts = []
-    for name,r in record['sets'].items():
-        card = r['scorecard']
-        about = card['about']
-        measures = dict(energy='energy in object ↑', pointing='pointing game ↑') | MEASURES
-        measures = {m: head for m,head in measures.items() if any(m in row for row in card['rows'].values())}
-        parts += [f"{dict(cifar10='CIFAR-10', shapes='Shapes10')[name]}, {percent(r['accuracy'])} %: {about['images']} test images and {about['montages']} montages at `{about['layer']}` ([the scores]({to}vit-tiny.json)).",
+    for name,r in json.loads((RESULTS/'vit-tiny.json').read_text())['sets'].items():
+        card,slow = r['scorecard'],r['scorecard']['slow']
+        about,title = card['about'],dict(cifar10='CIFAR-10', shapes='Shapes10')[name]
+        measures = {m: head for m,head in (dict(energy='energy in object ↑', pointing='pointing game ↑') | MEASURES).items() if any(m in row for row in card['rows'].values())}
+        left_out = ''.join(f' {m} gives no map of this network.' for m in about['left_out'])
+        parts += [f"{title}, {percent(r['accuracy'])} %: {about['images']} test images and {about['montages']} montages at `{about['layer']}`; of {' and '.join(slow['methods'])} {slow['montages']} montages, and {slow['cascaded']} images with random weights ([the scores]({to}vit-tiny.json)).{left_out}",
                   table(['method', *measures.values()], [[method, *(_cell(row.get(m), m=='randomisation' and method in card['survivors']) for m in measures)] for method,row in card['rows'].items()])]
     return '\n\n'.join(parts)
 

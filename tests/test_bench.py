@@ -80,3 +80,13 @@ def test_speedrun_by_airbenchs_rule(shapes, tmp_path):
     for split,n in ('train', 300), ('test', 100):
         data = torch.load(tmp_path/'airbench'/'cifar10'/f'{split}.pt')
         assert data['images'].shape == (n, 32, 32, 3) and data['images'].dtype == torch.uint8 and data['labels'].bincount().tolist() == [n//10]*10
+
+
+def test_the_multiplications_of_a_training_are_counted():
+    import multiplications
+    r = change_recipe(RECIPES['speedrun'], epochs=8, resize='', bs=2000)
+    whole,half = (multiplications.count(change_recipe(r, epochs=n))['training'] for n in (8, 4))
+    assert 2*whole == pytest.approx(.29e15, rel=.03)  # what airbench94_muon's author says of it
+    assert whole == pytest.approx(2*half)
+    smaller = multiplications.count(change_recipe(r, resize='16,32'))
+    assert smaller['sides'] == [16]*4 + [32]*4 and .55*whole < smaller['training'] < .63*whole
