@@ -187,10 +187,10 @@ class UpdateRatio(Callback):
         self.old = None
 
     def after_epoch(self):
+        if hasattr(self.learn, 'lr_finder'): return
         row = self.recorder.values[-1] if self.recorder.values else []
         accuracy = dict(zip(self.recorder.metric_names[1:], row)).get('accuracy')
         if accuracy is not None: self.accuracies.append((self.train_iter, accuracy))
-
 
 # %% ../nbs/09b_callbacks.ipynb #e8742e4f
 def _draw_ratios(ax, cb):
@@ -211,7 +211,10 @@ def plot_update_ratios(
     runs:dict, # name → `UpdateRatio` after a training; a panel each
     figsize:tuple=None, # inches
 ):
-    "How far a step moves each layer, relative to its weights, over the training; below it the accuracy of each epoch"
+    """How far a step moves each layer, relative to its weights, over the training; below it the accuracy of each
+    epoch. Raises InputError for a callback that has seen no training"""
+    if not runs or not all(cb.ratios for cb in runs.values()):
+        raise InputError('no step was recorded: train with each UpdateRatio among the callbacks first')
     tall = any(cb.accuracies for cb in runs.values())
     fig,axs = plt.subplots(1 + tall, len(runs), figsize=figsize or (3.2*len(runs) + 1, 3.2 + 1.5*tall), sharex='col',
                            sharey='row', squeeze=False, layout='constrained', height_ratios=[2, 1][:1 + tall])
@@ -230,7 +233,6 @@ def plot_update_ratios(
     bar.ax.set_yticklabels([layers[0], layers[-1]], fontsize=8)
     bar.set_label('layers, the first dark', fontsize=8, labelpad=-8)
     return fig
-
 
 # %% ../nbs/09b_callbacks.ipynb #6319084a
 class ProgressiveResize(Callback):

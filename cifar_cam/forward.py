@@ -266,8 +266,7 @@ def _disordered(t, grid):
     a,top,left,_ = grid.to_map(t.detach().float())
     for change in (top - a).abs().mean(0), (left - a).abs().mean(0).T:
         high = change > change.median()
-        if change[high].median() > 3*change[~high].median() and high[:len(change)//2].float().mean() < 0.75: return True
-
+        if change[high].median() > 3*change[~high].median() and high[:len(change)//2].float().mean() < 0.9: return True
 
 # %% ../nbs/11_forward.ipynb #650fc36e
 class LayerTrace:

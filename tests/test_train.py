@@ -324,6 +324,8 @@ def test_update_ratios_are_the_steps_over_the_weights(shapes, tmp_path):
     bare = UpdateRatio(every=1)
     quietly(tiny_learner(shapes, tmp_path, metrics=[], cbs=[bare]), lambda l: l.fit(1, .1))
     assert not bare.accuracies and len(plot_update_ratios({'a': bare}).axes) == 1 + 1
+    for runs in {}, {'a': bare, 'untrained': UpdateRatio()}:
+        with pytest.raises(InputError, match='no step was recorded'): plot_update_ratios(runs)
 
 
 def test_update_ratios_of_a_training_that_gathers_gradients(shapes, tmp_path):

@@ -12,7 +12,7 @@ from timm import create_model
 from cifar_cam.augment import cifar_augment
 from cifar_cam.callbacks import ProgressiveResize
 from cifar_cam.cam import METHODS
-from cifar_cam.evaluate import load_weights, predict_loader, save_weights
+from cifar_cam.evaluate import load_weights, save_weights
 from cifar_cam.interpret import CamInterpretation
 from cifar_cam.learner import cifar_learner
 from cifar_cam.loaders import cifar_dls
@@ -27,11 +27,6 @@ def vit_tiny(n_out=10, norm='batch'):
     return create_model('vit_tiny_patch16_224', img_size=32, patch_size=4, num_classes=n_out, dynamic_img_size=True)
 
 MODELS['vit-tiny-4'] = vit_tiny
-
-
-def accuracy(learn):
-    logits,targets = predict_loader(learn, learn.dls.loaders[-1])
-    return (logits.argmax(1)==targets).double().mean().item()
 
 
 CYCLES = '3000:50:30:16,16,16,16,24,32:5e-4', '3000:50:16:16,16,24,32:1e-3', '30000:64:9:24,24,32:1e-3'  # what the record was trained with
@@ -58,10 +53,9 @@ def on_shapes(run, cycles, weights=None):
 
 SLOW = 'scorecam', 'ablationcam'  # a pass for each of 192 channels, for one map
 
-def scored(learn, n, montages):
+def scored(interp, n, montages):
     "The scores of every method, those of the slow ones on a third of the montages, their random weights on a tenth of the images"
     start = time.time()
-    interp = CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
     methods = [*METHODS, 'rollout']
     card = json.loads(score_cams(interp, [m for m in methods if m not in SLOW], n=n, montages=montages).to_json())
     print(f'{time.time() - start:.0f} s', card['about']['left_out'], flush=True)
@@ -91,7 +85,9 @@ def main():
             learn,how = run.learn,dict(epochs=run.metrics['epochs'], minutes=round(run.history.train_seconds.sum()/60))
         else:
             learn,how = on_shapes(run, a.cycles, a.weights),dict(cycles=a.cycles, from_weights_of='cifar10')
-        res['sets'][name] = dict(training=how, accuracy=accuracy(learn), scorecard=scored(learn, n=a.n, montages=a.montages))
+        interp = CamInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
+        accuracy = (interp.preds==interp.targs).double().mean().item()
+        res['sets'][name] = dict(training=how, accuracy=accuracy, scorecard=scored(interp, n=a.n, montages=a.montages))
         print(name, res['sets'][name]['accuracy'], res['sets'][name]['scorecard']['about'].get('left_out'), flush=True)
         if a.json: Path(a.json).write_text(json.dumps(res, indent=1) + '\n')
 
