@@ -353,7 +353,8 @@ def _smoothed(model, x, targets, **asked):
     maps,blank = [],[]
     for flip in False, True:
         for factor in 0.9, 1, 1.1:
-            res = cam_maps(model, (x.flip(3) if flip else x)*factor, targets=targets, **asked)
+            same = not flip and factor==1
+            res = plain if same else cam_maps(model, (x.flip(3) if flip else x)*factor, targets=targets, **asked)
             maps.append(res.maps.flip(2) if flip else res.maps)
             blank.append(res.blank)
     return CamMaps(torch.stack(maps).mean(0), plain.preds, torch.stack(blank).all(0))

@@ -22,8 +22,7 @@ from .formats import find_form, is_archive
 from .images import check_cifar, check_folder, image_table
 from .models import build_model
 from .optimizers import OPTIMIZERS
-from .precision import pick_precision
-from .predict import pick_device
+from .precision import pick_device, pick_precision, processor_name
 from .recipe import RECIPES, Recipe
 
 # %% ../nbs/27_checks.ipynb #1d645847
@@ -72,7 +71,7 @@ def check_device(
 ) -> list: # of findings
     "Where a training would run, in which precision, and why"
     device = pick_device(device)
-    threads = f'{torch.get_num_threads()} threads of {os.cpu_count()} processors, {_processor()}'
+    threads = f'{torch.get_num_threads()} threads of {os.cpu_count()} processors, {processor_name()}'
     found = [finding('device', device), finding('processor', threads, _too_many_threads())]
     if device.type=='cuda':
         p = torch.cuda.get_device_properties(device)
@@ -89,12 +88,6 @@ _REASONS = {('cpu', 'bfloat16'): 'the processor has instructions for it', ('cuda
             ('cpu', 'float32'): 'the processor would only imitate bfloat16, slowly',
             ('cuda', 'float16'): 'this GPU is fast in it, and would only imitate bfloat16',
             ('cuda', 'float32'): 'this GPU would only imitate bfloat16, slowly'}
-
-def _processor():
-    path = Path('/proc/cpuinfo')
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or 'unknown'
 
 def _too_many_threads():
     here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

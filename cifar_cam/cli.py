@@ -164,7 +164,7 @@ def cam(
     run:str, # a finished run's folder
     k:int=10, # images
     which:str='misclassified', # misclassified, correct or top_losses
-    method:str='hirescam', # a CAM method of the grad-cam library; the default stood every check in docs/results.md
+    method:str='hirescam', # a CAM method of the grad-cam library; the default did best in docs/results.md
     layer:str='auto', # the layer whose map is drawn; auto takes the deepest that is at least 5×5
     min_px:int=5, # smallest side of a map that is drawn
     data:str=None, # where the run's images are now, if they have moved
@@ -181,7 +181,7 @@ def explain(
     images:Annotated[str, {'nargs':'+', 'opt':False}], # photos of any size and kind
     run:str=None, # a finished run's folder: its network is asked; by default the one that comes with the package
     out:str='.', # the folder that gets the pictures
-    method:str='hirescam', # a CAM method of the grad-cam library; the default stood every check in docs/results.md
+    method:str='hirescam', # a CAM method of the grad-cam library; the default did best in docs/results.md
     layer:str='auto', # the layer whose map is drawn; auto takes the deepest that is at least 5×5
     min_px:int=5, # smallest side of a map that is drawn
 ):

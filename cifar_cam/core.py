@@ -23,7 +23,9 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 # %% ../nbs/00_core.ipynb #d63fc077
 class InputError(ValueError):
     "The user's input is wrong. The message is one line that names the error and says how to fix it"
-    def __init__(self, message:str=''):
+    def __init__(self,
+        message:str='', # is made printable, and one line
+    ):
         message = str(message)
         if message.startswith('Caught InputError in DataLoader'): # PyTorch hands on the whole traceback of a worker
             message = message.rstrip().splitlines()[-1].partition('InputError: ')[2]

@@ -101,7 +101,8 @@ def crossfit(
 def fold_dls(
     r:Recipe, # what is trained
     data:str|Path, # see `data_path`
-    folds:int, k:int, # number of folds, and the one that is left out
+    folds:int, # how many parts the training images are divided into
+    k:int, # the part that is left out, from 0
     seed:int=0, # which image is in which fold
     device=None, # of the batches
 ) -> DataLoaders:

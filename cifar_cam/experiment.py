@@ -58,10 +58,15 @@ def _label_ends(ax, ends):
     "Names at the right ends of curves, moved apart where they would touch"
     low,high = ax.get_ylim()
     step = (high - low)*.05
-    last = -float('inf')
-    for y,x,label,c in sorted(ends):
-        last = max(y, last + step)
-        ax.annotate(label, (x, y), xytext=(1.01, (last - low)/(high - low)), textcoords='axes fraction', color=c,
+    ends = sorted(ends)
+    places = []
+    for y,*_ in ends: places.append(max(y, places[-1] + step) if places else y)
+    top = high
+    for i in reversed(range(len(places))):  # and back down from the upper edge
+        places[i] = min(places[i], top)
+        top = places[i] - step
+    for (y,x,label,c),place in zip(ends, places):
+        ax.annotate(label, (x, y), xytext=(1.01, (place - low)/(high - low)), textcoords='axes fraction', color=c,
                     fontsize=8, va='center')
 
 def _inset(ax, rows, n):
@@ -87,8 +92,8 @@ def plot_curves(
     ends = [[], []]
     for i,x,y,c,ls,label in rows:
         _draw_curve(axs[i], x, y, c, ls, label)
-        shown = [(v, e) for v,e in zip(y, x) if e <= n] or [(y.iloc[0], n)]
-        ends[i].append((*shown[-1], label, c))
+        shown = [(v, e) for v,e in zip(y, x) if e <= n]
+        if shown: ends[i].append((*shown[-1], label, c))
     test = rows[-1][2]
     best = test.idxmax()
     axs[0].set(ylabel='accuracy, %', xlim=(1, n) if n > 1 else (.5, 1.5))

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .core import InputError
 from .photos import NamedImage, Squeeze
+from .tables import FileFinder, table_separator, usual_column
 
 # %% ../nbs/23_inputs.ipynb #5a39dade
 def open_binary(
@@ -166,40 +167,47 @@ def _in_tar(path, read):
             archive.members = []  # else it remembers every member
 
 # %% ../nbs/23_inputs.ipynb #285144e8
-_COLUMNS = 'file', 'filename', 'file_name', 'image', 'path', 'image_path', 'img', 'fn', 'name'
-
 def file_column(
     path:Path, # a table
-    sep:str, # between its columns
     column:str=None, # the one wanted; None: one of the usual names, or the only one
 ) -> str:
     "The column of a table that names files. Raises InputError that lists the columns there are"
     try:
-        names = [str(c) for c in pd.read_csv(path, sep=sep, nrows=0)]
+        names = [str(c) for c in pd.read_csv(path, sep=table_separator(path), nrows=0)]
     except Exception as e: # pandas has many errors for what is no table
         raise InputError(f'{path}: is not a table ({_reason(e)})') from None
     if column is None:
-        column = next((c for c in names if c.lower() in _COLUMNS), names[0] if len(names)==1 else None)
+        column = names[0] if len(names)==1 else usual_column(names, 'file')
     if column not in names:
         what = 'no column of files' if column is None else f'no column {column!r}'
         raise InputError(f"{path}: has {what}; name one of {', '.join(names)}")
     return column
 
 def _in_table(path, column):
-    sep = '\t' if path.suffix.lower()=='.tsv' else ','
-    column = file_column(path, sep, column)
-    for rows in pd.read_csv(path, sep=sep, usecols=[column], dtype=str, keep_default_na=False, chunksize=10_000):
-        yield from rows[column]
+    cells = dict(usecols=[file_column(path, column)], dtype=str, keep_default_na=False)
+    for rows in pd.read_csv(path, sep=table_separator(path), chunksize=10_000, **cells):
+        yield from rows.iloc[:, 0]
 
 # %% ../nbs/23_inputs.ipynb #561de7e3
 def where_named(
     names, # of files
-    folder:str|Path, # of the table that names them
+    folder:str|Path, # of the table that names them; '': the names are those of the working folder
 ):
-    "Yield (name, where it lies) of each: beside the table, or in the working folder"
+    "Yield (name, where it lies, or why nobody knows): beside the table, in the working folder, in folders beside it"
+    finder = FileFinder(Path(folder)) if str(folder) else None
     for name in names:
         there = os.path.join(folder, os.path.expanduser(name))
-        yield name, there if os.path.exists(there) or not os.path.exists(name) else name
+        if os.path.exists(there): yield name,there
+        elif os.path.exists(name): yield name,name
+        else: yield name,(_beside(finder, name) if finder else None) or there
+
+def _beside(finder, name):
+    "The one image of that name in the folders of parts or others, None, or an InputError where there are two"
+    try: found = {finder.find(name), finder.find(name, 'test')} - {None}
+    except InputError as e: return e
+    if len(found) > 1:
+        return InputError(f'could be {" or ".join(sorted(map(str, found)))}; write which')
+    return str(found.pop()) if found else None
 
 def names_from_stdin(
     given:bytes=None, # what came; None: standard input is read to its end

@@ -169,7 +169,8 @@ def plot_top_losses(self:CamInterpretation,
     k:int|list=10, # images, or places in the ranking of losses
     largest:bool=True, # highest losses, or lowest
     heatmap:bool=True, # a second picture of each image, with a map over it
-    nrows:int=None, ncols:int=None, # of images; None: five a row
+    nrows:int=None, # rows of images; None: as many as it takes
+    ncols:int=None, # images a row; None: five
     plain:bool=False, # no text, for papers
     **kwargs, # more: see `cams`; `cmap`, `alpha` of `overlay`; `figsize`, `dpi` of `new_figure`
 ) -> Figure:

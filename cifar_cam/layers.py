@@ -289,7 +289,10 @@ def _lies(grid):
 
 def layer_candidates(
     model:nn.Module, # compiled and data-parallel models too
-    size:tuple=None, min_px:int=5, x:torch.Tensor=None, output=None, # see `cam_layer`
+    size:tuple=None, # see `cam_layer`
+    min_px:int=5, # likewise
+    x:torch.Tensor=None, # likewise
+    output=None, # likewise
     depth:int=2, # levels of the network to show; the layer itself is always there
 ) -> pd.DataFrame: # a row for each call of a module
     "The table behind `cam_layer`: the layout of each layer's output, and whether it is the layer, or why not"

@@ -145,7 +145,9 @@ class MemoryImages:
         files = list(rows.file)
         return cls(cached_images(path, size, rows) if len(files) > 5000 else _decode(files, size), files)
 
-    def to(self, device) -> torch.Tensor:
+    def to(self,
+        device, # of the loaders; None: where the images are
+    ) -> torch.Tensor:
         "The images on `device`; all loaders share the tensor"
         if not self.stays and self.images.device.type == 'cpu' and device is not None:
             free = free_memory(torch.device(device))

@@ -39,7 +39,8 @@ def positive_maps(
     x:torch.Tensor, # normalised images: N×C×H×W
     targets:torch.Tensor, # the class whose map is requested, for each image: N indices
     method:str='gradcam', # see `cam_maps`
-    layer:str|nn.Module|list='auto', min_px:int=5, # see `cam_maps`
+    layer:str|nn.Module|list='auto', # see `cam_maps`
+    min_px:int=5, # see `cam_maps`
     seed:int=0, # for RandomCAM
     bs:int=128, # images a batch
     **kwargs, # more for `cam_maps`: output, reshape, ...
@@ -326,7 +327,8 @@ def cascade(
     x:torch.Tensor, # normalised images: N×C×H×W
     targets:torch.Tensor, # N indices
     method:str='gradcam', # see `cam_maps`
-    layer:str|nn.Module|list='auto', min_px:int=5, # see `cam_maps`
+    layer:str|nn.Module|list='auto', # see `cam_maps`
+    min_px:int=5, # see `cam_maps`
     seed:int=0, # of the random weights
     **kwargs, # more for `cam_maps`: output, reshape, ...
 ) -> dict: # layer → N correlations with the trained network's maps, from the top down

@@ -305,7 +305,8 @@ def build_model(
     n_out:int=10, # classes
     norm:str='batch', # normalisation: see `norm_layer`; a library's network has its own
     size:int=32, # the images' smaller side in pixels; ours take any
-    pretrained:bool=False, stats:tuple=None, # of a library's network: see `library_model`
+    pretrained:bool=False, # of a library's network: see `library_model`
+    stats:tuple=None, # likewise
     init:str='own', # first weights of the convolutions: the network's own, or PyTorch's default, which is shorter
 ) -> nn.Module:
     "The network called `arch`. Raises InputError that lists the names there are, and for another `init`"

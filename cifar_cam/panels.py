@@ -159,6 +159,7 @@ def message_figure(
 ) -> Figure:
     "A figure that says why there is nothing to show"
     fig = new_figure((6, .8), **kwargs)
+    fig.add_axes((0, 0, 1, 1)).axis('off') # a notebook shows no figure without axes
     fig.text(0.5, 0.5, text, ha='center', va='center')
     return fig
 
@@ -218,7 +219,8 @@ class Panels:
     "A figure of `rows`×`cols` panels without axes: `axs[row,col]`. Raises InputError for more than a figure can hold"
     @delegates(new_figure)
     def __init__(self,
-        rows:int, cols:int, # of panels
+        rows:int, # of panels
+        cols:int, # of panels
         lines:int=1, # of text over each panel
         head:str='', # what is shown, over all
         bars:bool=False, # room for colour bars beneath the head
@@ -296,7 +298,8 @@ def titles(self:Panels,
 @patch
 def bar(self:Panels,
     cmap:str, # a matplotlib colour map
-    low:float, high:float, # the values at its ends
+    low:float, # the value at its left end
+    high:float, # the value at its right end
     label:str, # before it
     **kwargs, # more for `overlay`; without any, the bare colours
 ):

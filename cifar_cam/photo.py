@@ -61,15 +61,19 @@ def _of_classes(model, layer, x, n, output):
 def explain_image(
     learn:Learner|nn.Module, # a learner, or what has one: a run; or a network, and then `vocab` and `stats` too
     photo:str|Path|Image.Image, # any size and mode
-    method:str='hirescam', layer:str|nn.Module|list='auto', min_px:int=5, # see `cam_maps`
+    method:str='hirescam', # see `cam_maps`
+    layer:str|nn.Module|list='auto', # see `cam_maps`
+    min_px:int=5, # see `cam_maps`
     target:str=None, # the class of the map; None: the likeliest one
     vocab:list=None, # class names, in the order of the network's outputs
     stats:tuple=None, # channel means and standard deviations that training images were normalised with
     size:tuple=None, # height and width of the training images; None: the learner's, else 32×32
     plain:bool=False, # the overlay only, without text
-    figsize:tuple=None, dpi:int=None, # of the figure, in inches
+    figsize:tuple=None, # of the figure, in inches
+    dpi:int=None, # dots an inch
     act=None, # makes probabilities of the outputs; None: the learner's own activation, or a softmax
-    cmap:str='inferno', alpha:float=.8, # of the map: see `overlay`
+    cmap:str='inferno', # colours of the map: see `overlay`
+    alpha:float=.8, # the most that they cover: see `overlay`
     output=None, # picks the logits from the network's output: see `find_logits`
     **kwargs, # more for `cam_maps`, such as `aug_smooth`, `eigen_smooth`, `reshape`
 ) -> tuple: # (figure, {class: probability}, likeliest first)

@@ -167,6 +167,7 @@ def change_recipe(
         if k not in types:
             raise InputError(f"unknown key {k!r}: choose one of {', '.join(types)}")
         if isinstance(v, str): changes[k] = _from_text(k, v, types[k])
+    if changes.get('name', r.name)!=r.name: changes = dict(published=None, published_as='') | changes
     return replace(r, **changes)
 
 def _from_text(k, v, kind):

@@ -18,7 +18,7 @@ from typing import Annotated
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from fastai.vision.all import DataLoaders, default_device, Learner, num_distrib, rank_distrib
+from fastai.vision.all import DataLoaders, Learner, num_distrib, rank_distrib
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import __version__
@@ -27,7 +27,7 @@ from .core import (check_seed, InputError, one_of, remove_leftovers, Seed, save_
 from .images import CIFAR10, data_checksum, data_path
 from .augment import TTA
 from .models import build_model, count_parameters
-from .precision import deterministic_algorithms, PRECISIONS
+from .precision import deterministic_algorithms, pick_device, PRECISIONS, processor_name
 from .parallel import data_parallel, from_first, leave_processes, one_process
 from .learner import Checkpoint
 from .interpret import CamInterpretation
@@ -79,31 +79,13 @@ def environment(
     seed:int, # of the run
 ) -> dict:
     "Versions, device, data checksum and seed of a run"
-    device = _device(device)
+    device = pick_device(device)
     if not isinstance(data, (str, Path)): data = data_path(data)  # a DataFrame, which is kept as a table
-    cpu = next((l.split(':')[1].strip() for l in _cpuinfo() if l.startswith('model name')), platform.processor())
     gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else None
     packages = 'fastai', 'torch', 'torchvision', 'numpy', 'grad-cam', 'albumentations'
     return dict(data=str(data), data_checksum=data_checksum(data_path(data)), seed=check_seed(seed), device=str(device),
-                processor=gpu or cpu, threads=torch.get_num_threads(), python=platform.python_version(),
+                processor=gpu or processor_name(), threads=torch.get_num_threads(), python=platform.python_version(),
                 system=platform.system(), cifar_cam=__version__, **{p: version(p) for p in packages})
-
-def _device(name):
-    try: device = torch.device(name or default_device())
-    except (RuntimeError, TypeError): raise InputError(f'device {name!r}: choose cpu or cuda') from None
-    if device.type not in ('cpu', 'cuda', 'mps') or device.type=='cpu' and device.index:
-        raise InputError(f'device {name!r}: choose cpu or cuda')
-    if device.type=='mps' and not torch.backends.mps.is_available():
-        raise InputError(f'device {name!r}: there is no MPS here; choose cpu')
-    if device.type=='cuda': _check_gpu(device, name)
-    return device
-
-def _check_gpu(device, name):
-    n = torch.cuda.device_count()
-    if not torch.cuda.is_available():
-        raise InputError(f'device {name!r}: there is no CUDA here; choose cpu')
-    if (device.index or 0) >= n > 0:
-        raise InputError(f'device {name!r}: this machine has {n} GPUs; choose cuda:0 to cuda:{n - 1}')
 
 def _own_device(name):
     "Each of several processes on a host has the GPU of its number"
@@ -114,10 +96,6 @@ def _own_device(name):
     if i >= n:
         raise InputError(f'{platform.node()}: more processes than its {n} GPUs; start one a GPU')
     return torch.device('cuda', i)
-
-def _cpuinfo():
-    path = Path('/proc/cpuinfo')
-    return path.read_text().splitlines() if path.exists() else []
 
 # %% ../nbs/19_run.ipynb #0b099c01
 class _Record(BaseModel):
@@ -280,9 +258,9 @@ class Run:
                              'where its training began, put them back, or name their new place by data= (--data)')
         if data_checksum(data_path(data)) != self.env['data_checksum']:
             raise InputError(f'{data}: are not the images that {self.path} was trained on; name those')
-        with suppress(InputError) if self.finished else nullcontext(): device = _own_device(_device(device))
+        with suppress(InputError) if self.finished else nullcontext(): device = _own_device(pick_device(device))
         # a finished run can be inspected on another device
-        if not isinstance(device, torch.device): device = _device(None)
+        if not isinstance(device, torch.device): device = pick_device(None)
         dls = recipe_dls(self.recipe, data, self.env['seed'], hold_out=not self.env['published_protocol'],
                          device=device, decisions=self.decisions)
         if self.finished and [str(c) for c in dls.vocab] != list(self.metrics['class_accuracy']):

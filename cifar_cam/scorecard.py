@@ -265,11 +265,13 @@ def score_cams(
     n:int=100, # images, drawn among those that are right
     montages:int=500, # for GridPG, at most
     masks=None, # N×H×W booleans, one for each image of the loader; None: those of Shapes10, where the images have them
-    layer:str|nn.Module|list='auto', min_px:int=5, # see `cam_maps`
+    layer:str|nn.Module|list='auto', # see `cam_maps`
+    min_px:int=5, # see `cam_maps`
     min_prob:float=0.9, # probability from which on an image may be part of a montage
     seed:int=0, # of images, montages, noise, random weights and intervals
     progress:bool=True, # show a bar
-    output=None, reshape=None, # see `cam_maps`; an interpretation remembers its own output
+    output=None, # see `cam_maps`; an interpretation remembers its own
+    reshape=None, # see `cam_maps`
     cascaded:int=None, # how many of the `n` images to map again with each layer more of random weights; None: all
 ) -> Scorecard:
     """Are these methods' maps to be believed? On the learner's last loader: the test images. A method that gives no map

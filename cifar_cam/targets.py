@@ -86,7 +86,10 @@ def _names(vocab, logits):
 # %% ../nbs/11_targets.ipynb #00d1cc6d
 class DifferenceTarget:
     "Logit `a` minus logit `b`, in the manner of the library's targets"
-    def __init__(self, a:int, b:int): self.a,self.b = a,b
+    def __init__(self,
+        a:int, # a class
+        b:int, # another one
+    ): self.a,self.b = a,b
     def __call__(self, logits): return logits[..., self.a] - logits[..., self.b]
 
 def _plain_targets(a, b):

@@ -70,7 +70,8 @@ def ambiguity_scores(
 
 # %% ../nbs/17_triage.ipynb #17verd01
 VERDICTS = dict(
-    label=('Another class than the label is what the networks and the neighbours agree on, in all views.',
+    label=('Over all views, the networks (and the neighbours, if they were asked) find another class far likelier than '
+           'the label: a label score of 0.98 or more, or one of the 50 highest.',
            'Networks that were trained on the same images share their mistakes, and what all of them take for another '
            'thing is here too. Look at it before you change it.'),
     ambiguous=('What is said of the image is spread over several classes, whatever its label.',
@@ -177,16 +178,18 @@ def plot_triage(self:CamInterpretation,
     k:int=10, # at most this many images
     **kwargs, # `figsize` and `dpi` of the figure: see `new_figure`
 ) -> Figure:
-    "A gallery of the images with one verdict, titled label → suggested. Raises InputError for another verdict"
+    """A gallery of the images with one verdict, titled label → suggested; mistakes of the network: label → its
+    prediction. Raises InputError for another verdict"""
     if verdict not in VERDICTS:
         raise InputError(f"verdict={verdict!r}: choose one of {', '.join(VERDICTS)}")
     place = {f: i for i,f in enumerate(item_names(self.dl, self.learn.dls.path))}
     chosen = table[table.verdict==verdict][:k]
     if not len(chosen): return message_figure(f'No image has the verdict {verdict!r}.', **kwargs)
-    head = f'{verdict}: the label → what is suggested'
+    column = 'predicted' if verdict in ('shared', 'network') else 'suggested'
+    head = f'{verdict}: the label → what is {column}'
     p = Panels(-(-len(chosen)//10), min(10, len(chosen)), 2, head, **kwargs)
     for ax,image in zip(p.axs.flat, self.images([place[f] for f in chosen.file])): draw_image(ax, image)
-    p.titles(p.axs.flat, [[(a, 'actual'), (f'→ {b}', 'plain')] for a,b in zip(chosen.label, chosen.suggested)])
+    p.titles(p.axs.flat, [[(a, 'actual'), (f'→ {b}', 'plain')] for a,b in zip(chosen.label, chosen[column])])
     return p.fig
 
 # %% ../nbs/17_triage.ipynb #17save01

@@ -6,7 +6,7 @@
 __all__ = ['labelled_images', 'labelled_dls', 'accuracy_difference', 'validate_run', 'plot_class_differences', 'validate_command']
 
 # %% ../nbs/23_validate.ipynb #e6423d53
-import base64, hashlib, json, os
+import base64, hashlib, json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,34 +18,23 @@ from fastcore.script import store_true
 from .core import InputError, save_atomically, write_json, writing
 from .photos import NamedImage, Squeeze
 from .formats import unpack_images
-from .tables import split_folders
+from .tables import read_table, split_folders
 from .images import data_path
-from .inputs import file_column, where_named
 from .interpret import CamInterpretation
 from .learner import cifar_learner
 from .loaders import MemoryDL
 from .page import write_page
-from .predict import finished_run, pick_device
-from .evaluate import accuracy_interval, evaluate_learner
-from .run import Run, folder_for
+from .predict import finished_run
+from .evaluate import evaluate_learner
+from .precision import pick_device
+from .run import folder_for, Run
 
 # %% ../nbs/23_validate.ipynb #b8bd266b
-_LABELS = 'label', 'class', 'category', 'target', 'y'
-
 def _table_labels(path, column, label):
-    sep = '\t' if path.suffix.lower()=='.tsv' else ','
-    column = file_column(path, sep, column)
-    table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False)
-    if label is None:
-        label = next((c for c in table if str(c).lower() in _LABELS), None)
-    if label not in table:
-        raise InputError(f"{path}: has no column of labels; name one of {', '.join(map(str, table))}")
-    rows = [(Path(there), y) for (_,there),y in zip(where_named(table[column], path.parent), table[label])]
-    items = dict(rows)
-    for file,y in rows:
-        if items[file]!=y:
-            raise InputError(f'{path}: {file.name} is there as {y} and as {items[file]}; keep one of the rows')
-    return list(items.items())
+    table = read_table(path, chosen=dict(file=column, label=label))
+    parts = [table[table.split==p] for p in ('test', 'valid')]
+    tested = next((part for part in parts if len(part)), table)  # as of a folder: never the training images beside them
+    return list(zip(tested.file, tested.label))
 
 def _class_folders(path):
     return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith('.') and d.name!='__MACOSX')
@@ -117,7 +106,8 @@ def validate_run(
     run:Run|str|Path, # a finished run or its folder; None: the network that comes with the package
     data:str|Path, # see `labelled_images`
     out:str|Path=None, # the folder that is written; None: validation/<name of the data> in the run's folder
-    column:str=None, label:str=None, # of a table: see `labelled_images`
+    column:str=None, # of a table: see `labelled_images`
+    label:str=None, # of a table: see `labelled_images`
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
     force:bool=False, # write over a validation that is there
 ) -> Path: # of the folder

@@ -3,7 +3,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FILES = {'Bad input': 'bad_input', 'Bad data': 'bad_data', 'Interruptions': 'crash', 'Files of somebody else': 'foreign',
+FILES = {'Bad input': 'bad_input', 'Bad data': 'bad_data', 'Interruptions': 'crash', 'Files from others': 'foreign',
          'Several fits': 'fits', 'Long use': 'long_use', 'Several processes': 'distributed', 'Colab and Kaggle': 'colab',
          'A second device': 'second_device', 'Installing': 'install'}
 HEAD = '''# What may go wrong
@@ -19,26 +19,30 @@ TAIL = '''## Measured
 0.008 MB each. Tensors, networks, figures, open files and threads: the same number after each.
 
 **Versions.** `settings.ini` names the lowest versions: fastai 2.8.12, torch 2.6, torchvision 0.21, albumentations 2.0.8, grad-cam 1.5.7 (the first with RefineCAM),
-matplotlib 3.9, safetensors 0.4.5, jinja2 3.1. `tests/versions.sh` makes two fresh virtual environments, one with these and one with the newest of everything, and runs
+matplotlib 3.9, pydantic 2.9.2, pandas 2.2, scikit-learn 1.5, safetensors 0.4.5, jinja2 3.1, torchinfo 1.8, and tomli 2 on Python 3.10.
+`tests/versions.sh` makes two fresh virtual environments, one with these and one with the newest of everything, and runs
 the tests in both. Version 0.1 was run on Python 3.11 with the lowest: 1,123 passed, 10 skipped (three need captum or torchcam; PyTorch has its own Muon to compare with only from 2.9 on, and 2.6 does not
 trace a module compiled in place). The 11 others failed there: two processes hung at their end, and the environment had no pip; with both put right, these passed in a second run. The newest are those
 of every other figure on these pages.
 '''
 
 
-def sentence(test):
-    "A test's docstring, or its name in words"
-    words = ast.get_docstring(test) or test.name.removeprefix('test_').replace('_', ' ')
-    return words[0].upper() + words[1:].rstrip('.')
+def sentence(test, file):
+    "A test's docstring, which it must have: it is what a reader of the page sees"
+    words = ast.get_docstring(test)
+    if not words:
+        raise ValueError(f'{file}, line {test.lineno}: {test.name} needs a docstring, a sentence that says what holds')
+    return words.rstrip('.')
 
 
 def section(heading, name):
-    tree = ast.parse((ROOT/f'tests/test_{name}.py').read_text())
-    lines = [f'## {heading}', '', f'{ast.get_docstring(tree)} (`tests/test_{name}.py`).'.replace('. (', ' ('), '']
+    file = f'tests/test_{name}.py'
+    tree = ast.parse((ROOT/file).read_text())
+    lines = [f'## {heading}', '', f"{ast.get_docstring(tree).rstrip('.')} (`{file}`).", '']
     for o in tree.body:
         if not isinstance(o, ast.FunctionDef) or not o.name.startswith('test_'): continue
         slow = any('slow' in ast.unparse(d) for d in o.decorator_list)
-        lines.append(f"- {sentence(o)}{' (*weekly*)' if slow else ''}")
+        lines.append(f"- {sentence(o, file)}{' (*weekly*)' if slow else ''}")
     return '\n'.join(lines)
 
 

@@ -1,4 +1,5 @@
-"Files that are broken, odd or hostile, and disks that are full: what can be read is read alike everywhere, the rest is named in one line, what was whole stays whole"
+"""Broken, odd or hostile files, and full disks: what can be read is read the same way everywhere, the rest is named in
+one line, and what was whole stays whole"""
 import io, os, random, shutil, tarfile, zlib
 from pathlib import Path
 
@@ -54,6 +55,7 @@ BROKEN = dict(empty=b'', zero_bytes=b'\0'*5000, text=b'not an image', html=b'<ht
 
 @pytest.mark.parametrize('case', BROKEN)
 def test_a_file_that_is_no_image_is_named_in_training_and_in_explaining(data, run, case):
+    "Training and `explain_image` refuse a broken image or a decompression bomb in one line that names the file"
     bad = data/'train'/'star'/'star_0003.png'
     bad.write_bytes(BROKEN[case])
     for read in lambda: open_photo(bad), lambda: NamedImage.create(bad), lambda: cifar_dls(data, bs=10), lambda: explained(run, bad):
@@ -72,6 +74,7 @@ ODD = dict(cmyk=('CMYK', 'jpeg', {}), palette=('P', 'png', {}), one_bit=('1', 'p
 
 @pytest.mark.parametrize('case', ODD)
 def test_images_of_any_kind_are_read_alike_in_training_and_in_explaining(data, run, case):
+    "CMYK, palette, 16-bit, transparent, animated and other images load as RGB in training and in `explain_image`"
     mode,kind,options = ODD[case]
     odd = data/'train'/'star'/f'odd.{kind}'
     if mode=='I;16': Image.fromarray(np.full((40, 48), 3000, np.uint16)).save(odd)   # dark, not white
@@ -90,6 +93,7 @@ SEEDS = [picture(m, k) for m,k in (('RGB', 'png'), ('P', 'png'), ('P', 'gif'), (
 @settings(max_examples=100, **WITH)
 @given(st.sampled_from(SEEDS), st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=4)), min_size=1, max_size=6), st.floats(.05, 1), st.booleans())
 def test_a_changed_image_is_read_or_refused(tmp_path, monkeypatch, whole, changes, keep, early):
+    "An image with changed or missing bytes either loads as RGB or raises an `InputError` that names the file"
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10**6)   # a header may ask for gigabytes
     b = bytearray(whole)
     for place,new in changes:
@@ -104,6 +108,7 @@ def test_a_changed_image_is_read_or_refused(tmp_path, monkeypatch, whole, change
 # --- folders
 
 def test_what_systems_leave_in_folders_is_not_an_image(data):
+    "`.DS_Store`, `Thumbs.db`, `.ipynb_checkpoints` and the like in a data folder are ignored"
     before = image_files(data)
     for d in data, data/'train', data/'train'/'star':
         for name in '.DS_Store', 'Thumbs.db', 'desktop.ini', '._star_0001.png', '.hidden.png', 'notes.txt': (d/name).write_bytes(b'no image')
@@ -114,6 +119,7 @@ def test_what_systems_leave_in_folders_is_not_an_image(data):
 
 
 def test_only_images_in_class_folders_count_and_none_moves_to_another_set(data):
+    "Only images directly in a class folder count; a stray image adds no class and changes no split"
     before = image_files(data)
     deeper = data/'train'/'star'/'more'
     deeper.mkdir()
@@ -123,6 +129,7 @@ def test_only_images_in_class_folders_count_and_none_moves_to_another_set(data):
 
 
 def test_links_to_images_and_classes_are_followed_and_loops_end(data, tmp_path):
+    "Links to images and class folders are followed; loops, dangling links and pipes are skipped or refused"
     checksum,n = data_checksum(data),len(image_files(data))
     (data/'train'/'star').rename(tmp_path/'elsewhere')
     (data/'train'/'star').symlink_to(tmp_path/'elsewhere')
@@ -151,6 +158,7 @@ FOLDERS = dict(
 
 @pytest.mark.parametrize('case', FOLDERS)
 def test_what_is_wrong_with_a_folder_is_named(data, case):
+    "A data folder with missing, extra or misplaced classes or images is refused in one line that names the fault"
     spoil,word = FOLDERS[case]
     spoil(data)
     with pytest.raises(InputError, match=word) as e: data_path(data)
@@ -158,11 +166,13 @@ def test_what_is_wrong_with_a_folder_is_named(data, case):
 
 
 def test_labels_that_are_no_text_do_no_harm(data):
+    "A data folder loads even if its `labels.txt` is not text"
     (data/'labels.txt').write_bytes(b'\xff\xfe\0')
     assert check_folder(data)==data
 
 
 def test_a_class_of_one_image_can_be_trained_on_and_held_out_is_a_line(data):
+    "A class with one image loads for training; with `hold_out` it raises an `InputError` that names the class"
     for f in sorted((data/'train'/'star').iterdir())[1:]: f.unlink()
     assert len(cifar_dls(data, bs=10).train_ds)==91
     with pytest.raises(InputError, match='star'): cifar_dls(data, bs=10, hold_out=.3)
@@ -188,6 +198,7 @@ EVIL = dict(
 
 @pytest.mark.parametrize('case', EVIL)
 def test_an_archive_that_reaches_out_or_is_odd_is_refused_and_leaves_nothing(tmp_path, fastai_home, case):
+    "An archive that would write outside its folder or has an odd structure is refused and leaves no files"
     tgz = packed(tmp_path/'evil.tgz', EVIL[case])
     there,here = set(fastai_home.rglob('*')),set(tmp_path.rglob('*'))
     with pytest.raises(InputError, match='evil.tgz') as e: data_path(tgz)
@@ -198,6 +209,7 @@ def test_an_archive_that_reaches_out_or_is_odd_is_refused_and_leaves_nothing(tmp
 
 @pytest.mark.parametrize('mode', ['w', 'w:gz', 'w:bz2', 'w:xz'])
 def test_a_changed_archive_is_unpacked_or_refused(tmp_path, fastai_home, few, mode):
+    "An archive with changed or missing bytes either unpacks or is refused by name, and leaves no partial folder"
     whole = packed(tmp_path/'x.tgz', folder=few, mode=mode).read_bytes()
     rng = random.Random(mode)
     for _ in range(4):
@@ -211,12 +223,14 @@ def test_a_changed_archive_is_unpacked_or_refused(tmp_path, fastai_home, few, mo
 
 
 def test_an_unpacked_set_that_lost_files_is_not_taken_for_whole(tmp_path, few):
+    "If an unpacked data set loses a class, the next use of its archive raises an error that names the class"
     tgz = packed(tmp_path/'set.tgz', folder=few)
     shutil.rmtree(data_path(tgz)/'test'/'star')
     with pytest.raises(InputError, match='star'): data_path(tgz)
 
 
 def test_a_name_twice_in_an_archive_is_one_file(tmp_path, few):
+    "A file that an archive holds twice counts once"
     with tarfile.open(tmp_path/'twice.tgz', 'w:gz') as tar:
         for _ in range(2): tar.add(few, 'set')
     assert len(image_files(data_path(tmp_path/'twice.tgz')))==120
@@ -233,6 +247,7 @@ def disk(mounted):
 
 
 def test_a_disk_too_full_for_the_decoded_images_costs_nothing_but_decoding_them_again(disk, few, monkeypatch):
+    "If the disk is too full to cache decoded images, they load anyway, with a warning and no partial file"
     path,fill = disk
     monkeypatch.setitem(fastai_cfg().d, 'data', str(path))
     fill(50_000)   # the images have 368,640 bytes
@@ -241,6 +256,7 @@ def test_a_disk_too_full_for_the_decoded_images_costs_nothing_but_decoding_them_
 
 
 def test_a_disk_that_is_full_while_unpacking_or_drawing_keeps_what_was_there(disk, few, tmp_path, monkeypatch):
+    "If the disk is full while unpacking an archive or drawing Shapes10, an error says so and existing data stays"
     path,fill = disk
     monkeypatch.setitem(fastai_cfg().d, 'data', str(path))
     first = data_path(packed(tmp_path/'first.tgz', folder=few))
@@ -254,6 +270,7 @@ def test_a_disk_that_is_full_while_unpacking_or_drawing_keeps_what_was_there(dis
 
 
 def test_a_disk_that_is_full_before_the_first_checkpoint_leaves_nothing(disk, run, few):
+    "If the disk is full before the first checkpoint, training stops with an `InputError` and leaves no folder"
     path,fill = disk
     fill(8000)
     with pytest.raises(InputError, match='the disk is full'): run_recipe('davidnet', few, path/'runs', epochs=1, bs=10, lr=.05, lr_min=.005)
@@ -261,6 +278,7 @@ def test_a_disk_that_is_full_before_the_first_checkpoint_leaves_nothing(disk, ru
 
 
 def test_a_disk_that_is_full_at_a_later_checkpoint_keeps_the_earlier_one_and_the_run_goes_on(disk, run, few, monkeypatch, undrawn):
+    "If the disk fills up later, the last checkpoint stays whole, and the run resumes once there is room"
     path,fill = disk
     after = train.Checkpoint.after_epoch
     def then_fill(self):
@@ -277,6 +295,7 @@ def test_a_disk_that_is_full_at_a_later_checkpoint_keeps_the_earlier_one_and_the
 
 
 def test_every_file_of_a_run_is_the_old_one_if_the_disk_is_full(disk, run):
+    "A write that fails on a full disk leaves every file of the run unchanged"
     path,fill = disk
     shutil.copytree(run, path/'run')
     o = load_run(path/'run')
@@ -289,6 +308,7 @@ def test_every_file_of_a_run_is_the_old_one_if_the_disk_is_full(disk, run):
 
 
 def test_a_full_standard_output_is_said(monkeypatch, capfd):
+    "If standard output goes to a full disk, one line says so and the exit code is 2"
     if not Path('/dev/full').exists(): pytest.skip('needs /dev/full')
     monkeypatch.setattr('cifar_cam.cli.recipe_table', lambda: pd.DataFrame(dict(recipe=['x'])))
     monkeypatch.setattr('sys.stdout', open('/dev/full', 'w'))

@@ -1,4 +1,5 @@
-"What a careless user may type: it works, or ends in one line that names the value and how to fix it, and leaves nothing"
+"""Whatever you type or pass either works or ends in one line that names the value and says how to fix it;
+no files are left behind"""
 import errno, json, os, shutil
 from pathlib import Path
 
@@ -77,6 +78,7 @@ WORDS = [(TRAIN + words, word) for words,word in [
 
 @pytest.mark.parametrize('words, word', WORDS, ids=[w[:60] for w,_ in WORDS])
 def test_at_the_shell_it_is_exit_code_2_and_one_line_and_nothing_is_left(here, tmp_path, capsys, words, word):
+    "At the shell, wrong input gives exit code 2 and one line that says what is wrong; no file is added or changed"
     before = tree(tmp_path)
     code = main([w.format(**here) for w in words.split()])
     err = capsys.readouterr().err
@@ -87,6 +89,7 @@ def test_at_the_shell_it_is_exit_code_2_and_one_line_and_nothing_is_left(here, t
 
 @pytest.mark.parametrize('word', ['a\nb', 'a\x1b[31mred', 'a\rb', 'not \udcff UTF-8', ' ', 'blå ✓'])
 def test_a_message_is_one_printable_line_whatever_was_typed(here, capsys, word):
+    "A message is one printable line, even if you typed line breaks, escape codes or bytes that are not UTF-8"
     for words in ['train', word], ['train', 'davidnet', '--data', word], ['report', word], ['explain', word, '--run', str(here['run'])], ['train', 'davidnet', '--set', f'{word}=1']:
         assert main(words) == 2
         one_line(capsys.readouterr().err, ascii(word)[1:-1] if not word.isprintable() else word.strip())
@@ -118,6 +121,7 @@ SPOILED = dict(
 
 @pytest.mark.parametrize('case', SPOILED)
 def test_what_is_no_whole_run_of_this_version_is_named(run, tmp_path, capsys, case):
+    "`cifar-cam report` refuses an incomplete, damaged or mismatched run, names the fault, and changes no file"
     spoil,word = SPOILED[case]
     spoil(run)
     before = tree(tmp_path)
@@ -131,6 +135,7 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None, derandomize=True)
 @given(st.data())
 def test_any_value_in_a_record_is_taken_or_refused(run, data):
+    "Any value in `recipe.json`, `env.json` or `metrics.json` either loads or raises a one-line `InputError`"
     name = data.draw(st.sampled_from(['recipe.json', 'env.json', 'metrics.json']))
     whole = json.loads((run/name).read_text())
     try:
@@ -146,6 +151,7 @@ def test_any_value_in_a_record_is_taken_or_refused(run, data):
 @pytest.mark.parametrize('text', ['', '{', 'null', '3', '"a"', '['*100_000, '{"a":'*100_000, '9'*5000, '\ufeff{}', '{"seed": NaN}'])
 @pytest.mark.parametrize('name', ['recipe.json', 'env.json', 'metrics.json', 'lrs.json'])
 def test_a_record_that_is_no_record_is_named(run, name, text):
+    "A run's JSON file that is empty, malformed or not a record raises an `InputError` that names the file"
     (run/name).write_text(text)
     with pytest.raises(InputError, match=name):
         o = load_run(run)
@@ -153,6 +159,7 @@ def test_a_record_that_is_no_record_is_named(run, name, text):
 
 
 def test_a_finished_run_of_a_machine_with_a_gpu_can_be_looked_at_but_not_gone_on_with(run):
+    "A finished run opens without the GPU it was trained on; an unfinished one raises an error that names the GPU"
     edit('env.json', device='cuda:7')(run)
     if torch.cuda.device_count() > 7: pytest.skip('needs a machine with fewer GPUs')
     assert load_run(run).dls.device.type in ('cpu', 'cuda', 'mps')
@@ -165,6 +172,7 @@ def test_a_finished_run_of_a_machine_with_a_gpu_can_be_looked_at_but_not_gone_on
 @pytest.mark.parametrize('fields', [dict(epochs=2.5), dict(epochs=True), dict(epochs='3'), dict(bs=None), dict(bs=np.int64(8)), dict(lr=None), dict(lr=[.1]), dict(keep_best='no'), dict(keep_best=1),
     dict(name=3), dict(name='a\x1bb'), dict(name='a\nb'), dict(norm=['batch']), dict(arch=None), dict(published='much'), dict(epochs=10**400), dict(wd=NAN), dict(label_smoothing=1), dict(size=10**9)])
 def test_a_recipe_has_values_of_its_fields_types(fields):
+    "`Recipe` refuses a value of the wrong type or out of range, and the error names the field"
     with pytest.raises(InputError, match=next(iter(fields))): Recipe(**{'name': 'x', **fields})
 
 
@@ -185,6 +193,7 @@ CALLS = {f'{f}: {word}': (call, word) for f,call,word in [
 
 @pytest.mark.parametrize('case', CALLS)
 def test_in_python_it_is_an_input_error_of_one_line(few, tmp_path, monkeypatch, case):
+    "In Python, wrong input raises a one-line `InputError` that says what is wrong, and leaves no files"
     call,word = CALLS[case]
     monkeypatch.chdir(tmp_path)
     before = tree(few)
@@ -193,6 +202,7 @@ def test_in_python_it_is_an_input_error_of_one_line(few, tmp_path, monkeypatch, 
 
 
 def test_the_line_of_a_worker_process_is_the_same_line(tmp_path, few):
+    "An unreadable image in a `DataLoader` worker also raises a one-line `InputError` that begins with its path"
     root = Path(shutil.copytree(few, tmp_path/'s'))
     for f in (root/'train'/'star').iterdir(): f.write_bytes(b'no')
     with pytest.raises(InputError) as e: list(cifar_dls(root, bs=50, in_memory=False, num_workers=1).train)
@@ -200,11 +210,13 @@ def test_the_line_of_a_worker_process_is_the_same_line(tmp_path, few):
 
 
 def test_more_panels_than_a_figure_can_hold_are_refused(run):
+    "`plot_cams` refuses more images than one figure can hold"
     interp = load_run(run).interp
     with pytest.raises(InputError, match='too many for one figure'): interp.plot_cams(1000, [0]*1000)  # two images a row
 
 
 def test_a_class_may_be_called_anything(run, tmp_path):
+    "Class names may hold any characters, such as `$`, braces, HTML or line breaks, and the figures still draw"
     o = load_run(run)
     interp,names = o.interp,['$', '$5 and $6', r'$\frac{$', 'x^{$_', '%s', '{0}', '</script>', '_hidden', 'a\nb', ' ']
     for i,name in enumerate(names): interp.dl.vocab[i] = name
@@ -217,6 +229,7 @@ def test_a_class_may_be_called_anything(run, tmp_path):
 
 @pytest.mark.parametrize('name', ['with spaces, blå ✓ 日本', "it's $HOME; `x` #%&", '-leading\nbreak', os.fsdecode(b'not \xff UTF-8')])
 def test_any_path_works(run, few, tmp_path, monkeypatch, capfd, name):
+    "File and folder names with spaces, quotes, line breaks or bytes that are not UTF-8 work at the shell"
     monkeypatch.chdir(tmp_path)
     photo,folder = tmp_path/f'{name}.png',tmp_path/name
     shutil.copy(next((few/'test'/'star').iterdir()), photo)
@@ -231,6 +244,7 @@ def test_any_path_works(run, few, tmp_path, monkeypatch, capfd, name):
 
 
 def test_photos_of_one_name_get_pictures_of_their_own(run, few, tmp_path):
+    "`cifar-cam explain` writes one picture for each photo, even if two photos have the same file name"
     for d in 'ab': (tmp_path/d).mkdir(); shutil.copy(next((few/'test'/'star').iterdir()), tmp_path/d/'cat.png')
     assert main(['explain', str(tmp_path/'a'/'cat.png'), str(tmp_path/'b'/'cat.png'), '--run', str(run), '--out', str(tmp_path/'o')]) == 0
     assert len(list((tmp_path/'o').iterdir())) == 2
@@ -240,6 +254,7 @@ def test_photos_of_one_name_get_pictures_of_their_own(run, few, tmp_path):
 
 @pytest.mark.parametrize('code', [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_what_the_system_says_becomes_a_line_that_names_the_file(tmp_path, code):
+    "A system error on writing becomes an `InputError` that names the file and says whether the disk is full"
     with pytest.raises(InputError) as e:
         with writing(tmp_path/'place'): raise OSError(code, os.strerror(code), 'elsewhere')
     assert str(tmp_path/'place') in str(e.value) and ('disk is full' in str(e.value)) == (code in (errno.ENOSPC, errno.EDQUOT))
@@ -247,6 +262,7 @@ def test_what_the_system_says_becomes_a_line_that_names_the_file(tmp_path, code)
 
 
 def test_a_read_only_place_is_named_and_a_run_there_can_still_be_asked(run, few, tmp_path, mounted, monkeypatch, capsys):
+    "A read-only disk is reported in one line, and `cifar-cam explain` can still use a run stored on it"
     place = mounted('place', 'size=4m')
     shutil.copytree(run, place/'run')
     os.system(f'mount -o remount,ro {place}')
@@ -260,6 +276,7 @@ def test_a_read_only_place_is_named_and_a_run_there_can_still_be_asked(run, few,
 
 
 def test_a_reader_that_goes_away_is_no_fault(monkeypatch, capfd):
+    "If the reader of a pipe closes it early, as `head` does, the command ends with exit code 1 and no message"
     read,write = os.pipe()
     os.close(read)
     monkeypatch.setattr('cifar_cam.cli.recipe_table', lambda: pd.DataFrame(dict(recipe=['x'])))

@@ -1,4 +1,5 @@
-"Colab and Kaggle: the first cell of a notebook, the package beside what is installed there, runs in a folder that is synced"
+"""Colab and Kaggle: the first cell of a notebook, the package next to what is installed there, and runs in a synced
+folder such as Google Drive"""
 import io, json, os, re, shutil, subprocess, sys, threading
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def first_cell(notebook):
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_for_colab_begin_with_the_same_cell(notebook):
+    "All notebooks for Colab start with the same install cell, the one that the docs show"
     [repository] = re.findall('Repository = "(.*)"', (ROOT/'pyproject.toml').read_text())
     assert first_cell(notebook) in (ROOT/'docs'/'colab-kaggle-gpus.md').read_text()
     assert f"'git+{repository}'" in first_cell(notebook) and first_cell(notebook)==first_cell(NOTEBOOKS[0])
@@ -35,6 +37,7 @@ def test_notebooks_for_colab_begin_with_the_same_cell(notebook):
 
 @pytest.mark.parametrize('pypi_has_it', [True, False])
 def test_the_first_cell_installs_from_pypi_or_else_from_the_repository(pypi_has_it, monkeypatch):
+    "The first cell installs from PyPI, or from the repository if PyPI does not have the package"
     asked = []
     def found(name): return object() if asked and (pypi_has_it or asked[-1].startswith('git+')) else None
     monkeypatch.setattr('importlib.util.find_spec', found)
@@ -44,6 +47,7 @@ def test_the_first_cell_installs_from_pypi_or_else_from_the_repository(pypi_has_
 
 
 def test_the_first_cell_installs_nothing_where_the_package_is(monkeypatch):
+    "The first cell installs nothing if the package is already there"
     monkeypatch.setattr('subprocess.run', lambda command: pytest.fail('pip was run'))
     exec(first_cell(NOTEBOOKS[0]), {})
 
@@ -81,23 +85,27 @@ def pretend_fastai(site, version, fastcore):
 
 @pytest.mark.parametrize('version', ['2.8.12', '2.8.12.post1', '2.10', '3.0rc1', '2.8.12.dev0'])
 def test_beside_a_new_enough_fastai_the_import_is_quiet_and_imports_no_fastai(site, version):
+    "With a recent enough fastai installed, `import cifar_cam` prints nothing and does not import fastai"
     pretend_fastai(site, version, '2.2.22')
     assert imported(site)==['False']
 
 
 @pytest.mark.parametrize('version', ['2.8.8', '2.8', '2.8.2.post3', '1.0.61', '2.7.19'])
 def test_beside_too_old_a_fastai_the_import_is_one_line_that_says_what_to_install(site, version):
+    "With an older fastai, the import raises a one-line `ImportError` that gives the `pip install` command"
     pretend_fastai(site, version, '2.2.12')
     assert imported(site)==f"ImportError: cifar_cam needs fastai>=2.8.12, and {version} is installed: pip install 'fastai>=2.8.12'"
 
 
 def test_beside_a_fastcore_that_is_too_old_for_fastai_too(site):
+    "With a fastcore too old for the installed fastai, the `ImportError` gives the `pip install` command too"
     pretend_fastai(site, '2.8.12', '2.2.12')
     assert imported(site)=="ImportError: fastai needs fastcore>=2.2.22, and 2.2.12 is installed: pip install 'fastcore>=2.2.22'"
 
 
 @pytest.mark.parametrize('package, old, new', [('fastai', '2.8.8', '2.8.12'), ('fastcore', '2.2.12', '2.2.41')])
 def test_a_session_that_imported_the_old_one_before_it_was_raised_has_to_be_restarted(site, package, old, new):
+    "If the session imported fastai or fastcore before you upgraded it, the error tells you to restart the session"
     pretend_fastai(site, '2.8.12', '2.2.41')
     first = f"import sys, types; sys.modules['{package}'] = types.ModuleType('{package}'); sys.modules['{package}'].__version__ = '{old}'"
     said = imported(site, first)
@@ -106,6 +114,7 @@ def test_a_session_that_imported_the_old_one_before_it_was_raised_has_to_be_rest
 
 
 def test_a_checkout_without_metadata_is_not_held_to_anything():
+    "A source checkout without installed metadata imports without a version check"
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cifar_cam; print(cifar_cam.__version__)"
     done = subprocess.run([sys.executable, '-S', '-c', code], capture_output=True, text=True, env={'PATH': os.environ['PATH']})
     assert done.returncode==0 and done.stdout.strip(), done.stderr
@@ -122,6 +131,7 @@ def steps():
 
 
 def test_the_workflows_run_scripts_that_are_there_on_every_python_that_is_claimed():
+    "The CI workflows run scripts that exist, on every Python version from the lowest supported one up"
     lowest = re.search('requires-python = ">=(.*)"', (ROOT/'pyproject.toml').read_text())[1]
     for workflow,job,pythons,commands in steps():
         for c in commands: assert os.access(ROOT/c.split()[0], os.X_OK), f'{workflow}, {job}: {c}'
@@ -131,6 +141,7 @@ def test_the_workflows_run_scripts_that_are_there_on_every_python_that_is_claime
 
 
 def test_the_page_names_each_job_of_the_workflows():
+    "The docs page on Colab, Kaggle and GPUs lists each CI job with its commands and Python versions"
     page = (ROOT/'docs'/'colab-kaggle-gpus.md').read_text()
     for workflow,job,pythons,commands in steps():
         [row] = [l for l in page.splitlines() if l.startswith(f'| {workflow}, {job} ')]
@@ -138,7 +149,8 @@ def test_the_page_names_each_job_of_the_workflows():
 
 
 def test_the_versions_of_colab_are_older_than_what_the_package_asks_for_or_fit():
-    "Else the list is stale in the other direction: the first cell would change what the page says stays"
+    "Of the packages in the recorded list of Colab's versions, only fastai is older than `cifar_cam` requires"
+    # Else the list is stale in the other direction: the first cell would change what the page says stays
     versions = dict(l.split('==') for l in (ROOT/'tests'/'colab-versions.txt').read_text().split() if '==' in l)
     asked = re.search('^requirements = (.*)', (ROOT/'settings.ini').read_text(), re.M)[1].split()
     too_old = {name for name,lowest in (r.split('>=') for r in asked if '>=' in r and ';' not in r)
@@ -191,6 +203,7 @@ class Sync(threading.Thread):
 
 
 def test_whatever_a_program_that_syncs_reads_is_a_whole_file(colours, drive, monkeypatch):
+    "A sync program that copies files during training reads whole files only, at any moment"
     monkeypatch.undo()
     monkeypatch.setitem(MODELS, 'tiny', tiny)
     drive.mkdir(parents=True)
@@ -230,6 +243,7 @@ def same(run, whole):
 
 
 def test_a_new_session_goes_on_from_the_copy_that_drive_kept(colours, drive, tmp_path, monkeypatch):
+    "A new session resumes from the copy on Google Drive to the numbers of an uninterrupted run"
     whole = train(colours, tmp_path/'whole')
     begun = interrupted(colours, drive, monkeypatch)
     other = tmp_path/'content'/'drive'/begun.name
@@ -242,7 +256,8 @@ def test_a_new_session_goes_on_from_the_copy_that_drive_kept(colours, drive, tmp
 
 @pytest.mark.parametrize('name', ['checkpoint.pt', 'history.csv', 'best.safetensors'])
 def test_a_file_that_was_not_copied_in_time_changes_no_number_in_silence(colours, drive, tmp_path, monkeypatch, name):
-    "The machine was gone when the cloud had all of the last epoch but `name`, which is the first epoch's"
+    "If a file was not synced in time, resuming gives the same numbers or an `InputError` that names the file"
+    # The machine was gone when the cloud had all of the last epoch but `name`, which is the first epoch's
     whole = train(colours, tmp_path/'whole')
     begun = interrupted(colours, drive, monkeypatch, n=1)
     first = (begun/name).read_bytes()

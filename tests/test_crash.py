@@ -1,4 +1,5 @@
-"A training that is killed, interrupted or goes wrong: what is left is whole, and `cifar-cam train --resume RUN` ends with the numbers of one that nobody stopped."
+"""Training that is killed, interrupted or goes wrong leaves whole files only, and `cifar-cam train --resume RUN` ends
+with the same numbers as an uninterrupted run"""
 import os, random, shlex, signal, sys, threading, time
 from itertools import count
 from pathlib import Path
@@ -176,18 +177,21 @@ def crash(bench, whole, out, kill, *args):
 @pytest.mark.parametrize('name, nth, stage', [('checkpoint.pt', 1, 'half'), *(pytest.param(*o, marks=pytest.mark.slow) for o in
     [('metrics.json', 0, 'before'), ('checkpoint.pt', 2, 'before'), ('misclassified.png', 0, 'half'), ('report.html', 0, 'before')])])
 def test_a_run_killed_in_a_write_leaves_whole_files_and_goes_on_to_the_same_numbers(bench, whole, tmp_path, name, nth, stage):
+    "A run killed while it writes a file leaves whole files only and resumes to the same numbers"
     n = [i for i,w in enumerate(whole[1]) if w==name][nth]
     crash(bench, whole, tmp_path, kill_at_write, n, stage)
 
 
 def test_a_run_killed_at_some_moment_goes_on_to_the_same_numbers(bench, whole, tmp_path):
+    "A run killed at a random moment leaves whole files only and resumes to the same numbers"
     crash(bench, whole, tmp_path, kill_in_time, random.uniform(.1, .6))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('i', range(50))
 def test_a_run_killed_at_any_of_fifty_moments_goes_on_to_the_same_numbers(bench, whole, tmp_path, i):
-    "25 moments spread over the whole time, 25 in the middle of a write"
+    "Runs killed at 50 different moments, half of them during a write, resume to the same numbers"
+    # 25 moments spread over the whole time, 25 in the middle of a write
     rng = random.Random(i)
     if i % 2: return crash(bench, whole, tmp_path, kill_in_time, (i//2 + rng.random())/25)
     crash(bench, whole, tmp_path, kill_at_write, rng.randrange(len(whole[1])), rng.choice(['half', 'before', 'after']))
@@ -196,6 +200,7 @@ def test_a_run_killed_at_any_of_fifty_moments_goes_on_to_the_same_numbers(bench,
 @pytest.mark.parametrize('signum, code, prepare, args', [(signal.SIGINT, 130, at_write, ('checkpoint.pt', 'before')), (signal.SIGTERM, 143, in_epoch, (1,))],
                          ids=['Ctrl-C in a write', 'SIGTERM in an epoch'])
 def test_an_interrupted_training_says_how_to_go_on(bench, whole, tmp_path, signum, code, prepare, args):
+    "After Ctrl-C or SIGTERM, the last line gives the command that resumes the run to the same numbers"
     out = tmp_path/'my runs'
     if prepare is at_write: args = [i for i,w in enumerate(whole[1]) if w==args[0]][1], args[1], signum, out
     else: args = *args, signum
@@ -211,6 +216,7 @@ def test_an_interrupted_training_says_how_to_go_on(bench, whole, tmp_path, signu
 
 
 def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path):
+    "Temporary files of dead processes are removed; those of live processes and all other files stay"
     dead = tmp_path/'figures'/'.curves.png.4194305.tmp'   # above the largest process id there is
     kept = [tmp_path/f'.checkpoint.pt.{os.getppid()}.tmp', tmp_path/'.mine.tmp', tmp_path/'.hidden', tmp_path/'history.csv']
     dead.parent.mkdir()
@@ -220,6 +226,7 @@ def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path):
 
 
 def test_runs_that_begin_at_once_get_folders_of_their_own(tmp_path):
+    "Runs that start at the same moment get separate folders"
     barrier,paths = threading.Barrier(16),[]
     def begin():
         barrier.wait()
@@ -265,6 +272,7 @@ def train_into(trouble, at, bench, tmp_path, monkeypatch, capsys):
     (lambda x: x*torch.inf, 20, 'in epoch 1, step 9, at'),
     (bad_gradient, 20, 'a weight is not a finite number in epoch 1, step 9, ')], ids=['NaN', 'infinite', 'last step'])
 def test_a_diverged_training_stops_and_keeps_the_last_good_checkpoint(bench, tmp_path, monkeypatch, capsys, trouble, at, words):
+    "Training that diverges stops, names the epoch and the step, and keeps the last good checkpoint"
     code,err,path = train_into(trouble, at, bench, tmp_path, monkeypatch, capsys)
     assert code == 2 and err.count('\n') == 1 and words in err
     state = torch.load(path/'checkpoint.pt', weights_only=True)
@@ -277,12 +285,14 @@ def test_a_diverged_training_stops_and_keeps_the_last_good_checkpoint(bench, tmp
 
 
 def test_too_little_memory_names_half_the_batch(bench, tmp_path, monkeypatch, capsys):
+    "If the GPU runs out of memory, the error suggests half the batch size and the last checkpoint stays"
     code,err,path = train_into(out_of_memory, 15, bench, tmp_path, monkeypatch, capsys)
     assert code == 2 and err == "cifar-cam: the GPU's memory does not hold a batch of 10 images: try half, bs=5\n"
     assert torch.load(path/'checkpoint.pt', weights_only=True)['epochs'] == 1
 
 
 def test_a_python_session_hears_how_to_go_on_too(bench, tmp_path, monkeypatch):
+    "In Python, the `KeyboardInterrupt` also gives the command that resumes the run"
     from cifar_cam.experiment import run_recipe
     def interrupt(x): raise KeyboardInterrupt
     monkeypatch.setitem(MODELS, 'tiny', lambda **k: nn.Sequential(Trouble(3, interrupt), *tiny()))
@@ -310,6 +320,7 @@ def images_of(home, data, monkeypatch):
 
 @pytest.mark.parametrize('stage', ['half', 'before', 'after'])
 def test_a_process_killed_while_it_keeps_decoded_images_leaves_none_or_whole_ones(bench, fork, tmp_path, monkeypatch, stage):
+    "If a process is killed while it caches decoded images, the next one leaves a single whole cache file"
     p = fork.Process(target=decode, args=(tmp_path, bench.data, None, at_write, (0, stage, signal.SIGKILL, tmp_path)))
     p.start(); p.join()
     assert p.exitcode==-signal.SIGKILL and len(list((tmp_path/'cifar_cam-cache').iterdir()))==1
@@ -320,6 +331,7 @@ def test_a_process_killed_while_it_keeps_decoded_images_leaves_none_or_whole_one
 
 
 def test_two_processes_that_decode_at_once_leave_one_whole_file(bench, fork, tmp_path, monkeypatch):
+    "Two processes that cache decoded images at the same time leave one whole cache file"
     go = fork.Barrier(2)
     both = [fork.Process(target=decode, args=(tmp_path, bench.data, go)) for _ in range(2)]
     for p in both: p.start()

@@ -1,4 +1,5 @@
-"Several processes: `torchrun` starts two on this machine, which speak by gloo. Most of it happens in one launch, since a launch costs 15 seconds"
+"""Training in several processes: `torchrun` starts two on this machine with the gloo backend. Most tests share one
+launch, since a launch takes 15 seconds"""
 import json, os, random, shutil, subprocess, sys, textwrap
 from pathlib import Path
 
@@ -106,6 +107,7 @@ def same_weights(a, b, tol=1e-4):
 
 @pytest.mark.parametrize('in_memory, workers, n', [(True, 0, 2), (True, 0, 3), (False, 0, 3), (False, 2, 2)])
 def test_the_parts_of_each_batch_are_the_batch(colours, in_memory, workers, n):
+    "The parts that the processes load add up to the batches of one process, plus padding"
     dls = cifar_dls(colours, bs=36, hold_out=31, in_memory=in_memory, num_workers=workers)
     for dl in dls.loaders:
         parts = [shard_loader(dl, rank, n) for rank in range(n)]
@@ -120,6 +122,7 @@ def test_the_parts_of_each_batch_are_the_batch(colours, in_memory, workers, n):
 
 @pytest.mark.parametrize('size, bs, n', [(11, 4, 2), (10, 4, 4), (9, 4, 3), (1, 8, 8), (5, 5, 2), (64, 8, 8)])
 def test_every_image_is_in_one_part_padding_aside(size, bs, n):
+    "Every image goes to one of the processes, all get equally many, and only padding is repeated"
     parts = [shard_loader(TfmdDL(range(size), bs=bs), rank, n) for rank in range(n)]
     assert {len(o.get_idxs()) for o in parts} == {parts[0].n} and set().union(*(o.get_idxs() for o in parts)) == set(range(size))
     assert sum(o.n for o in parts) - size < n*-(-size//bs)
@@ -128,12 +131,14 @@ def test_every_image_is_in_one_part_padding_aside(size, bs, n):
 
 
 def test_a_batch_that_does_not_divide_is_refused(shapes):
+    "A batch size that does not divide evenly among the processes is refused"
     r = change_recipe(RECIPES['davidnet'], bs=32)
     for n in 0, 1, 2: check_parts(r, n)
     with pytest.raises(InputError, match='bs=32: does not divide among 3 processes'): check_parts(r, 3)
 
 
 def test_one_process_does_not_wait_for_others_and_the_first_writes(tmp_path, monkeypatch):
+    "Only the first process writes files; inside `one_process()` each works alone and waits for no other"
     monkeypatch.setenv('RANK', '1'); monkeypatch.setenv('WORLD_SIZE', '2')
     save_atomically(lambda f: f.write_text('x'), tmp_path/'file')
     assert not list(tmp_path.iterdir())
@@ -190,6 +195,7 @@ def two(shapes, stopped, tmp_path_factory):
 
 
 def test_two_processes_give_the_numbers_of_one(two, whole):
+    "Two processes give the same history, weights and metrics as one, up to rounding"
     run = load_run(next((two[0]/'together').iterdir()))
     assert run.lrs == whole.lrs and run.env['processes'] == 2 and whole.env['processes'] == 1
     assert same_history(run.history, whole.history) and same_weights(run, whole)
@@ -198,6 +204,7 @@ def test_two_processes_give_the_numbers_of_one(two, whole):
 
 
 def test_all_processes_decide_alike_and_know_the_folder(two):
+    "All processes use the same run folder and learning rates and see identical validation results"
     a,b = two[1]
     assert a['folder'] == b['folder'] and a['lrs'] == b['lrs']
     assert [v[2:] for v in a['values']] == [v[2:] for v in b['values']]   # of the validation images, to the last bit
@@ -205,31 +212,37 @@ def test_all_processes_decide_alike_and_know_the_folder(two):
 
 
 def test_each_process_draws_its_own_augmentation_in_the_order_of_all(two):
+    "Each process draws its own random augmentations, and all shuffle the images in the same order"
     (draws_a,order_a),(draws_b,order_b) = (zip(*note['states']) for note in two[1])
     assert order_a == order_b and len(set(draws_a + draws_b)) == 2*SETTINGS['epochs']
 
 
 def test_nothing_is_left_on_the_learner(two):
+    "After training, the learner has its own network and data loaders back, not the distributed ones"
     for note in two[1]: assert note['model'] == 'Sequential' and note['loaders'] == [273, 27, 100]
 
 
 def test_a_checkpoint_of_several_processes_is_that_of_one(two, whole):
+    "A checkpoint written by several processes has the same entries as one written by a single process"
     a,b = (torch.load(p/'checkpoint.pt', weights_only=True) for p in (next((two[0]/'together').iterdir()), whole.path))
     assert a['model'].keys() == b['model'].keys() and a.keys() == b.keys() and a['epochs'] == b['epochs']
 
 
 def test_a_run_of_one_process_goes_on_in_two(two, stopped, whole):
+    "A run started in one process resumes in two, to the same history and weights up to rounding"
     run = load_run(stopped)
     assert run.finished and len(run.history) == SETTINGS['epochs']
     assert same_history(run.history, whole.history) and same_weights(run, whole)
 
 
 def test_a_loss_that_is_no_number_stops_all_at_the_same_step(two):
+    "If the loss becomes NaN in one process, all processes stop at the same step"
     a,b = (note['diverged'] for note in two[1])
     assert a == b and 'the loss is nan in epoch 0, step 3' in a
 
 
 def test_seeds_are_shared_out(two, shapes, tiny, tmp_path):
+    "`run_seeds` shares the seeds among the processes, and each run has the metrics of a run on its own"
     path = two[0]/two[1][1]['seeds']
     s = json.loads((path/'summary.json').read_text())
     runs = [load_run(path/n) for n in s['runs']]
@@ -239,6 +252,7 @@ def test_seeds_are_shared_out(two, shapes, tiny, tmp_path):
 
 
 def test_bfloat16_trains_in_two_processes(two):
+    "Two processes train in bfloat16, to a validation loss near that of float32"
     one,bf16 = (load_run(next(p for p in (two[0]/d).iterdir() if p.is_dir())) for d in (two[1][0]['seeds'], 'bf16'))
     assert two[1][0]['bf16'] is two[1][1]['bf16'] is False and bf16.finished
     assert abs(bf16.history.valid_loss[0] - one.history.valid_loss[0]) < .3
@@ -246,6 +260,7 @@ def test_bfloat16_trains_in_two_processes(two):
 
 
 def test_one_process_speaks(two):
+    "An error that all processes meet is printed once, and each process returns exit code 2"
     out,notes,done = two
     assert [n['exit'] for n in notes] == [2, 2] and not (out/'nothing').exists()
     assert done.stderr.count('cifar-cam: ') == 1 and 'nowhere: no such file or folder' in done.stderr
@@ -255,6 +270,7 @@ def test_one_process_speaks(two):
 
 @pytest.mark.slow
 def test_the_command_in_two_processes_prints_as_in_one(tmp_path):
+    "Under `torchrun`, `cifar-cam train` prints each result and each error once"
     few = shapes_path(tmp_path, n_train=100, n_test=20)
     words = ['-m', 'cifar_cam', 'train', 'davidnet', '--data', few, '--epochs', 1, '--bs', 10, '--set', 'lr=.05', '--set', 'lr_min=.005', '--out', tmp_path/'runs']
     done = torchrun(*words)
@@ -274,6 +290,7 @@ def test_the_command_in_two_processes_prints_as_in_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('augment', ['none', 'albumentations'])   # in memory, and from files
 def test_a_killed_worker_ends_all_and_the_run_goes_on_in_one_process_or_three(shapes, tiny, tmp_path, augment):
+    "If a worker is killed, all processes end, and the run resumes in one process or in three"
     r = Recipe(**SETTINGS | dict(augment=augment, bs=48, lr=.05))
     script = tmp_path/'killed.py'
     script.write_text(TINY + textwrap.dedent(f'''

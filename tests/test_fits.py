@@ -1,4 +1,5 @@
-"Several fits of one learner, what they leave behind, and what is refused before it goes wrong"
+"""Several fits of one learner: how they continue one another, what they leave behind, and what is refused before it
+goes wrong"""
 import random
 from contextlib import suppress
 
@@ -65,6 +66,7 @@ SERIES = {'one by one': [1, 1, 1, 1], 'two and two': [2, 2], 'finder between': [
 @pytest.mark.parametrize('kind', ['memory', 'files', 'alternating'])
 @pytest.mark.parametrize('series', SERIES)
 def test_fits_show_the_images_of_one_long_fit(make, few, series, kind):
+    "Several fits in a row see the same augmented images as one long fit, even with `lr_find` in between"
     tfms = [AlternatingFlip(), *cifar_augment(8, flip=False)] if kind=='alternating' else cifar_augment(8)
     seen,ends = [],[]
     for fits in [4], SERIES[series]:
@@ -82,6 +84,7 @@ def test_fits_show_the_images_of_one_long_fit(make, few, series, kind):
 
 
 def test_a_fit_that_begins_later_sees_the_images_of_those_epochs(make):
+    "With `start_epoch`, a fit sees the same images as those epochs of a whole fit"
     whole,late = make(cbs=Images()),make(cbs=Images())
     quietly(whole, lambda l: l.fit(3, .01))
     quietly(late, lambda l: l.fit(3, .01, start_epoch=1))
@@ -89,6 +92,7 @@ def test_a_fit_that_begins_later_sees_the_images_of_those_epochs(make):
 
 
 def test_a_fit_that_a_callback_ends_counts_and_one_that_is_interrupted_begins_its_epoch_again(make):
+    "Epochs before an early stop count; after an interruption, the next fit starts the broken epoch again"
     learn = make(cbs=Images())
     quietly(learn, lambda l: l.fit(5, .01, cbs=EarlyStoppingCallback(monitor='accuracy', min_delta=2)))
     assert learn.epochs_done == 2
@@ -111,6 +115,7 @@ def script(make, path, fits, stop=None):
 
 
 def test_a_second_fit_with_a_checkpoint_trains(make, tmp_path):
+    "A second fit with a `Checkpoint` trains on, to the same weights as without one"
     with_file,without = script(make, tmp_path/'c.pt', [2, 2]),make(cbs=Images(), opt='adam')
     for _ in range(2): quietly(without, lambda l: l.fit(2, .01))
     assert with_file.images.seen == without.images.seen and same(weights(with_file), weights(without)) and with_file.epochs_done == 4
@@ -119,6 +124,7 @@ def test_a_second_fit_with_a_checkpoint_trains(make, tmp_path):
 
 @pytest.mark.parametrize('stop', [(0, 1), (1, 0), (1, 2), (2, 0)])
 def test_a_script_of_several_fits_that_dies_is_run_again(make, tmp_path, stop):
+    "If a script of several fits dies, running it again ends with the weights of an uninterrupted run"
     whole = script(make, tmp_path/'whole.pt', [2, 3, 1])
     with suppress(StopAt.Dead): script(make, tmp_path/'c.pt', [2, 3, 1], stop)
     again = script(make, tmp_path/'c.pt', [2, 3, 1])
@@ -126,6 +132,7 @@ def test_a_script_of_several_fits_that_dies_is_run_again(make, tmp_path, stop):
 
 
 def test_a_fit_that_was_interrupted_goes_on_in_the_same_learner(make, tmp_path):
+    "With a `Checkpoint`, calling an interrupted `fit` again in the same learner continues it to the same weights"
     whole,learn = script(make, tmp_path/'whole.pt', [4]),make(cbs=[Checkpoint(tmp_path/'c.pt'), Images()], opt='adam')
     with suppress(StopAt.Dead): quietly(learn, lambda l: l.fit(4, .01, cbs=StopAt(2, 1)))
     quietly(learn, lambda l: l.fit(4, .01))
@@ -133,6 +140,7 @@ def test_a_fit_that_was_interrupted_goes_on_in_the_same_learner(make, tmp_path):
 
 
 def test_fits_of_another_length_are_refused(make, tmp_path):
+    "`Checkpoint` refuses to resume a script whose fits now have other lengths, and keeps its file"
     script(make, tmp_path/'c.pt', [2, 2])
     kept = (tmp_path/'c.pt').read_bytes()
     with pytest.raises(InputError, match='after 2 epochs'): script(make, tmp_path/'c.pt', [3, 2])
@@ -140,6 +148,7 @@ def test_fits_of_another_length_are_refused(make, tmp_path):
 
 
 def test_a_checkpoint_of_before_the_count_is_gone_on_with(make, tmp_path):
+    "Checkpoints from older versions, which kept no count of epochs, still resume to the same weights"
     whole = script(make, tmp_path/'whole.pt', [3])
     with suppress(StopAt.Dead): script(make, tmp_path/'c.pt', [3], (0, 2))
     state = torch.load(tmp_path/'c.pt', weights_only=True)
@@ -160,6 +169,7 @@ CALLS = dict(
 @pytest.mark.parametrize('call', CALLS)
 @pytest.mark.parametrize('in_memory', [True, False])
 def test_the_callers_random_numbers_go_on(make, few, call, in_memory):
+    "Training, `lr_find` and predicting leave your random number generators as they were, even after an error"
     learn = make(dls=cifar_dls(few, cifar_augment(8), bs=20, device='cpu', in_memory=in_memory, num_workers=0), metrics=None)
     random.seed(5); np.random.seed(5); torch.manual_seed(5)
     before = states()
@@ -168,6 +178,7 @@ def test_the_callers_random_numbers_go_on(make, few, call, in_memory):
 
 
 def test_making_a_learner_draws_nothing_from_the_caller(few, make):
+    "Creating a learner draws no random numbers from your generators"
     dls = cifar_dls(few, bs=20, device='cpu')
     before = states()
     for arch in 'davidnet', 'speednet': make(arch, dls=dls)
@@ -176,6 +187,7 @@ def test_making_a_learner_draws_nothing_from_the_caller(few, make):
 
 
 def test_a_plain_learner_keeps_the_state_in_find_lrs_too(few, tmp_path):
+    "`find_lrs` also leaves your random number generators as they were with a plain fastai `Learner`"
     learn = Learner(cifar_dls(few, cifar_augment(8), bs=20, device='cpu'), net(dropout=.2), loss_func=CrossEntropyLossFlat(), path=tmp_path)
     before = states()
     with suppress(InputError), learn.no_bar(): find_lrs(learn, num_it=20, show_plot=False)
@@ -183,6 +195,7 @@ def test_a_plain_learner_keeps_the_state_in_find_lrs_too(few, tmp_path):
 
 
 def test_what_predicting_draws_stays_drawn(make):
+    "Monte Carlo dropout, TTA and predictions on augmented images draw new random numbers each time"
     learn = make(net(dropout=.5))
     with learn.no_bar():
         a,b = (learn.get_preds(cbs=MCDropoutCallback())[0] for _ in range(2))
@@ -199,11 +212,13 @@ def test_what_predicting_draws_stays_drawn(make):
 
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 def test_fastais_plateau_lowers_the_rate_of_every_optimizer(make, opt):
+    "`ReduceLROnPlateau` from fastai lowers the learning rate of every optimizer"
     learn = quietly(make(opt=opt, cbs=ReduceLROnPlateau(monitor='valid_loss', min_delta=100, factor=4)), lambda l: l.fit(4, .01))
     assert learn.recorder.lrs[::5] == pytest.approx([.01, .01, .0025, .000625])
 
 
 def test_hypers_are_the_settings_themselves():
+    "`opt.hypers` reads and writes the settings of the PyTorch optimizer itself"
     p = [nn.Parameter(torch.ones(1)) for _ in range(2)]
     opt = TorchOptimizer(L([p[0]], [p[1]]), opt=torch.optim.Adam, lr=.1, betas=(.8, .9))
     for h,lr in zip(opt.hypers, (.2, .3)): h['lr'],h['mom'] = lr,.7
@@ -216,6 +231,7 @@ def test_hypers_are_the_settings_themselves():
 
 
 def test_an_optimizer_of_ones_own_is_made_writable(make):
+    "`ReduceLROnPlateau` also lowers the learning rate of your own `OptimWrapper`"
     model = net()
     mine = OptimWrapper(opt=torch.optim.SGD(model.parameters(), .1))
     learn = quietly(make(model, opt_func=mine, cbs=ReduceLROnPlateau(monitor='valid_loss', min_delta=100)), lambda l: l.fit(3, .01))
@@ -224,6 +240,7 @@ def test_an_optimizer_of_ones_own_is_made_writable(make):
 
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 def test_groups_train_at_rates_of_their_own_and_freeze(make, opt):
+    "Every optimizer supports discriminative learning rates, `freeze`, `unfreeze` and `fine_tune`"
     model = net()
     learn = make(model, opt=opt, splitter=lambda m: L(m[:3], m[3:]).map(params))
     quietly(learn, lambda l: l.fit(1, slice(1e-4, 1e-3)))
@@ -242,6 +259,7 @@ def test_groups_train_at_rates_of_their_own_and_freeze(make, opt):
 @pytest.mark.parametrize('loss', [None, F.cross_entropy, nn.CrossEntropyLoss(), CrossEntropyLossFlat(), partial(F.cross_entropy, label_smoothing=.1)])
 @pytest.mark.parametrize('n', [1000, 9, 11])
 def test_outputs_that_are_not_the_classes_are_refused(make, n, loss):
+    "A network with more or fewer outputs than classes is refused before any weight changes"
     learn = make(net(n), **({} if loss is None else dict(loss_func=loss)))
     before = [p.detach().clone() for p in learn.model.parameters()]
     with pytest.raises(InputError, match=f'the network has {n:,} outputs for 10 classes'): quietly(learn, lambda l: l.fit(1, .01))
@@ -250,6 +268,7 @@ def test_outputs_that_are_not_the_classes_are_refused(make, n, loss):
 
 
 def test_a_loss_of_ones_own_may_have_other_outputs(make):
+    "With your own loss function, a network may have more outputs than classes"
     learn = make(net(12), loss_func=lambda p, y: F.cross_entropy(p[:, :10], y))
     quietly(learn, lambda l: l.fit(1, .01))
 
@@ -266,6 +285,7 @@ class Many(nn.Module):
 @pytest.mark.parametrize('kind', [tuple, list, dict])
 @pytest.mark.parametrize('bf16', [False, True])
 def test_networks_that_return_several_things_train_with_the_default_metric(make, kind, bf16):
+    "A network that returns a tuple, list or dict trains with your own loss; its accuracy is left empty"
     seen = []
     def loss(p, y):
         seen.append(p['a' if kind is dict else 0].dtype)
@@ -275,6 +295,7 @@ def test_networks_that_return_several_things_train_with_the_default_metric(make,
 
 
 def test_several_labels_an_image_train_with_fastais_loss(few, make):
+    "Multi-label data trains with fastai's `BCEWithLogitsLossFlat` and reports `accuracy_multi`"
     block = DataBlock((ImageBlock, MultiCategoryBlock), get_y=lambda f: [f.parent.name, 'even' if len(f.name) % 2 else 'odd'])
     dls = block.dataloaders(get_image_files(few/'train'), bs=20, num_workers=0, device='cpu')
     learn = quietly(make(net(dls.c), dls=dls), lambda l: l.fit(2, .01))
@@ -283,6 +304,7 @@ def test_several_labels_an_image_train_with_fastais_loss(few, make):
 
 
 def test_accuracy_is_silent_where_it_cannot_judge():
+    "Accuracy is `None`, not an error, if outputs and labels are not those of a single-label classifier"
     class Batch: pass
     for pred,y in ((torch.ones(4, 1), torch.zeros(4, dtype=torch.long)), (torch.ones(4), torch.zeros(4)), (torch.ones(4, 3), torch.ones(4, 3)), ((torch.ones(4, 3),), torch.zeros(4))):
         batch,measure = Batch(),Accuracy()
@@ -293,6 +315,7 @@ def test_accuracy_is_silent_where_it_cannot_judge():
 
 
 def test_numbers_of_numpy_are_numbers(make):
+    "NumPy numbers work as epochs, learning rate and seed, and give the same weights as Python's"
     a,b = (quietly(make(seed=seed), lambda l: l.fit(np.int64(1), np.float64(.01))) for seed in (np.int64(3), 3))
     assert same(weights(a), weights(b))
 
@@ -300,6 +323,7 @@ def test_numbers_of_numpy_are_numbers(make):
 # ---- what an error leaves
 
 def test_too_large_a_batch_leaves_nothing_of_the_step(make):
+    "An out-of-memory error suggests half the batch size and frees the step's tensors, so that you can fit again"
     learn,small = make(opt='adam'),[]
     forward = learn.model.forward
     def full(x):
@@ -316,6 +340,7 @@ def test_too_large_a_batch_leaves_nothing_of_the_step(make):
 
 
 def test_a_loss_that_mixup_replaced_comes_back(make):
+    "After an interrupted fit with Mixup, the learner has its own loss function back"
     learn = make(cbs=mix_callbacks(mixup=.4))
     own = learn.loss_func
     with pytest.raises(StopAt.Dead): quietly(learn, lambda l: l.fit(1, .01, cbs=StopAt(0, 2)))
@@ -324,6 +349,7 @@ def test_a_loss_that_mixup_replaced_comes_back(make):
 
 
 def test_on_a_gpu_the_first_bad_step_is_named_after_the_epoch(make):
+    "On a GPU, the end of the epoch reports the first step with a non-finite loss, and its learning rate"
     learn = make()
     quietly(learn, lambda l: l.fit(1, .01))
     cb = learn._grab_cbs(StopOnNaN)[0]
@@ -340,7 +366,8 @@ def test_on_a_gpu_the_first_bad_step_is_named_after_the_epoch(make):
 
 @pytest.mark.parametrize('gather', [False, True])
 def test_an_l1_penalty_is_the_gradient_of_the_sum(make, gather):
-    "Also where another callback divides the loss"
+    "`L1Penalty` trains the same weights as an L1 term in the loss, also with `GradientAccumulation`"
+    # Also where another callback divides the loss
     class Slow(Callback):
         run_valid = False
         def after_loss(self): self.learn.loss_grad = self.loss_grad + .01*sum(p.abs().sum() for p in self.model.parameters())
@@ -350,11 +377,13 @@ def test_an_l1_penalty_is_the_gradient_of_the_sum(make, gather):
 
 @pytest.mark.parametrize('cbs', [mix_callbacks(mixup=.4), mix_callbacks(cutmix=1.)])
 def test_mixed_images_train_and_validation_sees_whole_ones(make, cbs):
+    "With Mixup or CutMix, validation uses unmixed images and gives the same loss as `validate`"
     learn = quietly(make(cbs=cbs), lambda l: l.fit(1, .01))
     assert learn.recorder.row['valid_loss'] == pytest.approx(learn.validate()[0], rel=1e-5)
 
 
 def test_one_kind_of_mixing_at_a_time():
+    "`mix_callbacks` refuses Mixup together with CutMix, and a negative strength"
     assert mix_callbacks() == []
     for bad in dict(mixup=.4, cutmix=1.), dict(mixup=-1): pytest.raises(InputError, mix_callbacks, **bad)
 
@@ -370,6 +399,7 @@ class Follow(Callback):
 
 
 def test_a_training_ends_with_the_average_and_its_steps_know_nothing_of_it(make):
+    "`WeightAverage` ends training with the moving average of the weights and changes no training step"
     plain = quietly(make(cbs=Follow(.9)), lambda l: l.fit(2, .05))
     learn = quietly(make(cbs=[WeightAverage(.9), Follow(.9)]), lambda l: l.fit(2, .05))
     torch.testing.assert_close(learn.model[5].weight.double(), plain.follow.mean, rtol=1e-4, atol=1e-6)
@@ -381,6 +411,7 @@ def test_a_training_ends_with_the_average_and_its_steps_know_nothing_of_it(make)
 
 @pytest.mark.parametrize('at', [(0, 2), (1, 0), (2, 3)])
 def test_averaged_weights_are_in_the_checkpoint(make, tmp_path, at):
+    "`Checkpoint` saves the state of `WeightAverage`: an interrupted run ends with the same averaged weights"
     def train(path, *cbs): return quietly(make(cbs=[WeightAverage(.9), Checkpoint(tmp_path/path), *cbs]), lambda l: l.fit(3, .05))
     whole = train('whole.pt')
     with suppress(StopAt.Dead): train('c.pt', StopAt(*at))
@@ -388,6 +419,7 @@ def test_averaged_weights_are_in_the_checkpoint(make, tmp_path, at):
 
 
 def test_tied_weights_are_averaged_once(make):
+    "`WeightAverage` works with tied weights: the logged validation loss is that of the final weights"
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -401,6 +433,7 @@ def test_tied_weights_are_averaged_once(make):
 # ---- what is shown
 
 def test_without_a_terminal_progress_is_plain_lines(make, capsys):
+    "Without a terminal, progress is plain lines without a bar"
     learn = make()
     learn.fit(2, .01)
     learn.get_preds(); learn.validate(); learn.tta(n=2)
@@ -409,6 +442,7 @@ def test_without_a_terminal_progress_is_plain_lines(make, capsys):
 
 
 def test_the_bar_shows_loss_accuracy_and_rate(make, monkeypatch, capsys):
+    "The progress bar shows loss, accuracy and learning rate"
     monkeypatch.setattr('cifar_cam.recorder.shows_bars', lambda: True)
     said = []
     class Listen(Callback):
@@ -420,6 +454,7 @@ def test_the_bar_shows_loss_accuracy_and_rate(make, monkeypatch, capsys):
 
 
 def test_no_bar_puts_the_light_one_back(make):
+    "After `learn.no_bar()`, the learner has its `LightProgress` bar back"
     learn = make()
     with learn.no_bar(): pass
     assert type(learn.progress) is LightProgress

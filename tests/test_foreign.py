@@ -1,4 +1,5 @@
-"A run, weights or a checkpoint of somebody else's making: nothing in them runs, nothing outside the folder is written, names stay text"
+"""Runs, weights and checkpoints from others: no code in them runs, nothing outside the folder is written, and names
+stay text"""
 import ast, json, os, pickle, re, shutil
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def payloads(trap):
 # --- nothing runs
 
 def test_no_module_unpickles_what_it_did_not_write():
+    "No module calls `eval`, `exec` or `pickle.load`, and every `torch.load` has `weights_only=True`"
     for f in Path(cifar_cam.__file__).parent.glob('*.py'):
         for node in ast.walk(ast.parse(f.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ''
@@ -64,6 +66,7 @@ def test_no_module_unpickles_what_it_did_not_write():
 
 
 def test_a_file_in_the_place_of_decoded_images_runs_nothing(trap, few, tmp_path, monkeypatch):
+    "A malicious file in place of the cache of decoded images runs no code, and the images stay the same"
     monkeypatch.setitem(fastai_cfg().d, 'data', str(tmp_path))
     images = cached_images(few)
     [file] = (tmp_path/'cifar_cam-cache').iterdir()
@@ -73,6 +76,7 @@ def test_a_file_in_the_place_of_decoded_images_runs_nothing(trap, few, tmp_path,
 
 
 def test_a_checkpoint_that_would_run_something_is_refused_and_does_not(run, trap):
+    "A malicious checkpoint is refused with an `InputError`, and its code does not run"
     (run/'metrics.json').unlink()
     for payload in payloads(trap):
         (run/'checkpoint.pt').write_bytes(payload)
@@ -81,6 +85,7 @@ def test_a_checkpoint_that_would_run_something_is_refused_and_does_not(run, trap
 
 
 def test_no_file_of_a_run_runs_something_when_it_is_read(run, trap, few):
+    "A malicious file in a run folder runs no code when the run is read"
     photo = next((few/'test'/'star').iterdir())
     for payload in payloads(trap):
         for name in 'weights.safetensors', 'recipe.json', 'env.json', 'metrics.json', 'history.csv', 'score.json', 'best.safetensors', 'extra.pkl':
@@ -97,6 +102,7 @@ def test_no_file_of_a_run_runs_something_when_it_is_read(run, trap, few):
 @pytest.mark.parametrize('spoil', [lambda s: s.update(epochs=-5), lambda s: s.update(epochs='3'), lambda s: s.pop('opt'), lambda s: s.update(model={}), lambda s: s.update(opt=[1]),
                                    lambda s: s['model'].popitem(), lambda s: s.update(smooth_loss=None)])
 def test_a_checkpoint_of_another_training_is_refused(run, spoil):
+    "Resuming refuses a checkpoint whose contents do not fit the run"
     (run/'metrics.json').unlink()
     state = torch.load(run/'checkpoint.pt', weights_only=True)
     spoil(state)
@@ -105,6 +111,7 @@ def test_a_checkpoint_of_another_training_is_refused(run, spoil):
 
 
 def test_a_checkpoint_sets_nothing_but_what_watchers_watch(few, run, tmp_path, monkeypatch, undrawn):
+    "A checkpoint can set only the tracked state of a callback, not other attributes such as its `path`"
     made = run_recipe('davidnet', few, tmp_path/'o', epochs=1, bs=10, lr=.05, keep_best=True, schedule='constant').path
     (made/'metrics.json').unlink()
     state = torch.load(made/'checkpoint.pt', weights_only=True)
@@ -117,6 +124,7 @@ def test_a_checkpoint_sets_nothing_but_what_watchers_watch(few, run, tmp_path, m
 # --- nothing outside is read or written
 
 def test_a_run_opens_no_other_images_than_it_was_trained_on(run, few, tmp_path, capsys):
+    "A run opens only the images it was trained on; any other path in `env.json` is refused in one line"
     private = Path(shutil.copytree(few, tmp_path/'private'))
     next((private/'test'/'star').iterdir()).unlink()
     for data,word in (private, 'trained on'), ('/dev/zero', '/dev/zero'), ('/etc', '/etc'), ('/etc/passwd', '/etc/passwd'), ('https://example.com/x.tgz', 'not there'), ('\0', 'not there'), ('x'*5000, 'not there'):
@@ -130,6 +138,7 @@ def test_a_run_opens_no_other_images_than_it_was_trained_on(run, few, tmp_path, 
 
 @pytest.mark.parametrize('device', ['meta', 'xpu', 'cuda:99', 'vulkan', '', 'os.system', 'cpu:3', 'hpu', 'privateuseone'])
 def test_a_device_that_is_not_here_is_not_opened(run, device):
+    "If `env.json` names a device that is not here, a finished run opens on another and an unfinished one is refused"
     edit(run/'env.json', device=device)
     assert load_run(run).dls.device.type in ('cpu', 'cuda', 'mps')
     (run/'metrics.json').unlink()
@@ -139,6 +148,7 @@ def test_a_device_that_is_not_here_is_not_opened(run, device):
 
 @pytest.mark.parametrize('name', ['figures', 'report.html', 'weights.safetensors', 'history.csv', 'metrics.json', 'recipe.json', 'checkpoint.pt', 'figures/cams.png', 'tensorboard', '.report.html.1234', 'README.md'])
 def test_links_in_a_run_lead_nowhere(run, tmp_path, name):
+    "Symbolic links in a run folder are refused, and the files they point to stay unchanged"
     (tmp_path/'outside').mkdir()
     (tmp_path/'outside'/'secret').write_text('{"secret": 1}')
     before = {p: p.read_bytes() for p in (tmp_path/'outside').iterdir()}
@@ -153,6 +163,7 @@ def test_links_in_a_run_lead_nowhere(run, tmp_path, name):
 
 
 def test_a_pipe_in_a_run_does_not_wait_for_ever(run):
+    "A named pipe in a run folder raises an error instead of blocking forever"
     for name in 'metrics.json', 'history.csv', 'weights.safetensors':
         (run/name).rename(run/'kept')
         os.mkfifo(run/name)
@@ -164,6 +175,7 @@ def test_a_pipe_in_a_run_does_not_wait_for_ever(run):
 
 
 def test_a_temporary_name_cannot_be_taken_before(tmp_path):
+    "Each save uses a new temporary file name that nobody can guess in advance"
     seen = []
     for _ in range(2): save_atomically(lambda f: (seen.append(f.name), f.write_text('x')), tmp_path/'page.html')
     assert len(set(seen))==2 and all(n.startswith('.page.html.') and len(n) > 25 for n in seen)
@@ -194,6 +206,7 @@ def rename(run, few, tmp_path):
 
 
 def test_hostile_names_everywhere_stay_text_in_the_report(run, few, tmp_path):
+    "HTML and scripts in class names, file names and records stay plain text in the report"
     evil = rename(run, few, tmp_path)
     for path in write_report(run), compare_runs([run, run], tmp_path/'c.html'):
         html = path.read_text()
@@ -209,6 +222,7 @@ def test_hostile_names_everywhere_stay_text_in_the_report(run, few, tmp_path):
 
 @pytest.mark.parametrize('score', ['[]', '{', '{"rows": {}}', '{"rows": [], "cascades": [], "survivors": [], "about": []}', '['*100_000, '{"rows": {"a": {"energy": {"mean": "x"}}}, "cascades": {}, "survivors": [], "about": {}}'])
 def test_a_scorecard_that_is_none_is_named(run, score):
+    "A malformed `score.json` raises an `InputError` that names it, and no report is written"
     (run/'score.json').write_text(score)
     with pytest.raises(InputError, match='score.json'): write_report(run)
     assert not (run/'report.html').exists()
@@ -217,6 +231,7 @@ def test_a_scorecard_that_is_none_is_named(run, score):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None, derandomize=True)
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=4), st.floats(.2, 1))
 def test_changed_weights_are_read_or_refused(run, changes, keep):
+    "Weights with changed or missing bytes either load or raise an `InputError` that names the file"
     model = load_run(run).model
     b = bytearray((run/'weights.safetensors').read_bytes())
     for at,xor in changes: b[int(at*min(len(b) - 1, 2000))] ^= xor

@@ -1,4 +1,4 @@
-"The wheel in an environment that has PyTorch already, as Colab has: it stays as it is"
+"Installing the wheel where PyTorch is already installed, as on Colab, leaves PyTorch as it is"
 import json, subprocess, sys
 from pathlib import Path
 
@@ -25,6 +25,7 @@ def pretend_installed(site, **versions):
 
 @pytest.mark.slow
 def test_installing_the_wheel_changes_neither_torch_nor_torchvision(wheel, tmp_path):
+    "`pip install` of the wheel changes neither torch nor torchvision"
     subprocess.run([sys.executable, '-m', 'venv', tmp_path/'venv'], check=True)
     python = tmp_path/'venv'/'bin'/'python'
     site = subprocess.run([python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], check=True, capture_output=True, text=True).stdout.strip()

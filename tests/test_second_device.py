@@ -1,4 +1,5 @@
-"What a GPU would refuse, or wait for, shown on a device that is not there (see `second_device.py`), in a process of its own."
+"""What a GPU would refuse or wait for, checked without a GPU: on a simulated device (see `second_device.py`), in a
+process of its own"""
 import json, os, subprocess, sys
 from pathlib import Path
 
@@ -37,29 +38,37 @@ def named(waits): return '\n'.join(sorted({f'{where}: {what}' for *_,what,where 
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_a_step_of_every_recipe_waits_for_nothing(found, recipe):
+    "After the first, no training step of any recipe makes the host wait for the device"
     result = ok(found, f'step {recipe}')
     assert result['steps'] >= 3 and not result['waits'], named(result['waits'])
 
 
 @pytest.mark.parametrize('how', ['davidnet float16', 'speedrun float16', 'davidnet bfloat16'])
 def test_half_precision_and_its_scaler_wait_for_nothing(found, how):
+    "The same holds in bfloat16, and in float16 with its gradient scaler: no training step makes the host wait"
     result = ok(found, f'step {how}')
     assert not result['waits'], named(result['waits'])
 
 
 def test_speedrun_and_davidnet_take_few_launches(found):
+    "The median training step of `speedrun` and of `davidnet` takes at most 200 kernel launches"
     assert ok(found, 'step speedrun')['launches'] <= 200
     assert ok(found, 'step davidnet')['launches'] <= 200
 
 
 def test_losses_are_near_those_of_float32_in_every_precision(found):
+    "The training loss in bfloat16 and float16 is within 5 % of that in float32"
     result = ok(found, 'losses')
     assert result['float32'] == pytest.approx(result['cpu'], rel=.02)
     for half in 'bfloat16', 'float16': assert result[half] == pytest.approx(result['float32'], rel=.05), half
 
 
 @pytest.mark.parametrize('what', ['evaluation', 'gallery', 'scorecard', 'whole run', 'benchmark'])
-def test_what_follows_the_training_stays_on_one_device(found, what): ok(found, what)
+def test_what_follows_the_training_stays_on_one_device(found, what):
+    "Evaluation, figures, CAM scores, whole runs and the benchmark never mix tensors of two devices"
+    ok(found, what)
 
 
-def test_every_cam_method_works_there(found): assert not ok(found, 'all methods')
+def test_every_cam_method_works_there(found):
+    "Every CAM method works on the device"
+    assert not ok(found, 'all methods')
