@@ -43,7 +43,7 @@ RETIRED_MODULES = {'data': 'core, images, loaders', 'train': 'learner, precision
 RETIRED_NAMES = {'Flip': 'HorizontalFlip', 'moved': 'shifted_views', 'mirrored': 'mirrored_views', 'change': 'change_recipe',
                  'predict': 'predict_loader', 'shard': 'shard_loader', 'lr_min': 'suggest_lr_min', 'lr_max': 'suggest_lr_max',
                  'evaluate': 'evaluate_learner', 'impute': 'impute_pixels', 'orthogonalize': 'newton_schulz',
-                 'unpack': 'unpack_images', 'check_recipe': 'Recipe', 'Bf16': 'HalfPrecision'}
+                 'unpack': 'unpack_images', 'tested_on': 'image_table', 'check_recipe': 'Recipe', 'Bf16': 'HalfPrecision'}
 
 
 class _RetiredModules(MetaPathFinder):

@@ -225,12 +225,14 @@ def albumentations_augment(
     size:int=32, # side of the images in pixels
     mean:tuple=(.491,.482,.447), # fill of the hole, red, green and blue in 0..1: CIFAR-10's mean
     cutout:int=8, # side of the hole in pixels; 0 for none
+    flip:bool=True, # mirror one image in two
 ) -> list:
     "Shift, scale and rotate, crop, flip and one Cutout hole by albumentations, as `item_tfms`"
     os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # it would look for a newer version of itself
     import albumentations as A
-    steps = [A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size), A.HorizontalFlip(p=0.5),
-             A.Affine(translate_percent=(-.0625, .0625), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5)]
+    steps = [A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size)]
+    if flip: steps.append(A.HorizontalFlip(p=0.5))
+    steps.append(A.Affine(translate_percent=(-.0625, .0625), scale=(0.9, 1.1), rotate=(-15, 15), border_mode=4, p=0.5))
     side = (min(cutout, size),)*2
     fill = tuple(round(255*c) for c in mean)
     hole = A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=side, hole_width_range=side, fill=fill,

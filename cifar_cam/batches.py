@@ -8,6 +8,7 @@ __all__ = ['read_pickle', 'batch_names', 'read_batch', 'stored_png', 'write_batc
 
 # %% ../nbs/01c_batches.ipynb #01cimp1b
 import json, os, pickle, re, struct, zlib
+from collections import Counter
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from .core import InputError, with_bar
-from .tables import is_junk, split_name, table_columns
+from .tables import image_counts, is_image_name, is_junk, split_name, table_columns
 
 # %% ../nbs/01c_batches.ipynb #0ab8c634
 class _Dtype:
@@ -175,11 +176,21 @@ class _ClassFolders:
         if not self.written: self.root.mkdir(exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.written.add((folder, name))
-        (folder/name).write_bytes(image)
+        try:
+            with open(folder/name, 'xb') as f: f.write(image)
+        except FileExistsError:  # a.png and A.png are one file on many disks
+            raise InputError(f'{self.source}: {name} is there twice but for its case; rename one') from None
+
+    def check(self):
+        "Are all written images there, as a reader of folders counts them?"
+        there = [n for part in {folder.parent for folder,_ in self.written} for n in image_counts(part).values()]
+        if sorted(there) != sorted(Counter(folder for folder,_ in self.written).values()):
+            raise InputError(f'{self.source}: has {len(self.written):,} images, but as files in class folders they are '
+                             f'{sum(there):,} in {len(there)} classes; rename files or classes of like names')
 
     def _name(self, label):
         name = re.sub(r'[/\\\0]', '-', label).strip()
-        if not name or name.startswith('.') or not name.isprintable() or len(os.fsencode(name)) > 200:
+        if not name or is_junk(name) or not name.isprintable() or len(os.fsencode(name)) > 200:
             raise InputError(f'{self.source}: the class name {label!r} cannot be the name of a folder; rename it')
         return name
 
@@ -209,6 +220,7 @@ def write_batches(
         split = 'test' if 'test' in name else 'train'
         for i in _progress(range(len(images))):
             folders.write(split, targets[i], files[i], name, stored_png(images[i].transpose(1, 2, 0)))
+    folders.check()
 
 def _class_names(path, key):
     names = read_pickle(path).get(key)
@@ -312,8 +324,12 @@ def _parquet_row(image, label, names, where, stem):
     raw,name = (image.get('bytes'), image.get('path')) if isinstance(image, dict) else (image, None)
     try: kind = Image.open(BytesIO(raw)).format.lower()
     except Exception: raise InputError(f'{where}: holds no image that Pillow knows') from None
-    suffix = f'.{"jpg" if kind == "jpeg" else kind}'
+    suffix = _SUFFIX.get(kind, f'.{kind}')
+    if not is_image_name(f'x{suffix}'):
+        raise InputError(f'{where}: holds an image of the kind {kind.upper()}; save it as PNG or JPEG')
     return label, _file_name(name, suffix) or stem + suffix, raw
+
+_SUFFIX = dict(jpeg='.jpg', mpo='.jpg', jpeg2000='.jp2', sun='.ras', pixar='.pxr')
 
 # %% ../nbs/01c_batches.ipynb #31630581
 def write_parquet(
@@ -330,6 +346,7 @@ def write_parquet(
                 folders.write(split, label, name, f'{f.stem}_{i:05d}', raw)
     if not folders.written:
         raise InputError(f'{path}: has no rows')
+    folders.check()
 
 def _unlabelled(files, labels):
     "Has no image of these a label? Hugging Face writes -1"

@@ -34,7 +34,11 @@ class CheckOutputs(Callback):
         plain = len(vocab) and not isinstance(vocab[0], (list, tuple)) and not hasattr(vocab[0], 'o2i')
         self.expected = len(vocab) if plain and _judges_classes(self.loss_func) else None
     def after_pred(self):
-        if self.expected is None or not isinstance(self.pred, torch.Tensor) or self.pred.ndim!=2: return
+        if self.expected is None: return
+        if not isinstance(self.pred, torch.Tensor):
+            raise InputError(f'the network returns a {type(self.pred).__name__}, not a tensor of logits; pass a '
+                             'loss_func that takes it, or a network that returns the logits')
+        if self.pred.ndim!=2: return
         n = self.pred.shape[1]
         if n!=self.expected:
             raise InputError(f'the network has {n:,} outputs for {self.expected:,} classes; give it {self.expected:,}')

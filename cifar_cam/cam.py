@@ -293,6 +293,8 @@ def _check_options(key, cls, given):
 
 def _target_layers(model, x, key, layer, min_px, output):
     "The names of the target layers: one, unless the user names several, branches meet late, or RefineCAM asks for more"
+    if isinstance(layer, (list, tuple)) and not layer:
+        raise InputError("layer=[]: name at least one layer, or choose 'auto'")
     if isinstance(layer, (list, tuple)): return [find_layer(model, l)[0] for l in layer]
     if not isinstance(layer, str) or layer != 'auto': return [find_layer(model, layer)[0]]
     found = cam_layer(model, min_px=min_px, x=x[:1], output=output)[0]

@@ -6,6 +6,7 @@
 __all__ = ['copied', 'thumbnails', 'find_copies']
 
 # %% ../nbs/16c_copies.ipynb #16cimp01
+from hashlib import blake2b
 from io import BytesIO
 
 import numpy as np
@@ -71,6 +72,19 @@ def _split(thumbs):
     fine -= fine.mean(3, keepdims=True) # a horizon makes two seas alike
     return soft - soft.mean((2, 3), keepdims=True),fine - fine.mean(2, keepdims=True)
 
+def _digest(image): return blake2b(image.tobytes(), digest_size=16).digest()
+
+def _places(thumbs):
+    "Pixels → the images that have them"
+    places = {}
+    for i,o in enumerate(thumbs): places.setdefault(_digest(o), []).append(i)
+    return places
+
+def _equal(seen, places, same):
+    "(images of `seen`, the first other one with the same pixels); `same`: these are the images of `places`"
+    found = [next((j for j in places.get(_digest(o), ()) if not (same and i == j)), -1) for i,o in enumerate(seen)]
+    return np.flatnonzero(np.array(found, int) >= 0),np.array([j for j in found if j >= 0], int)
+
 def _same_contrast(x): return x/np.sqrt((x**2).mean((1, 2, 3), keepdims=True)).clip(1)
 
 def _likeness(a, b):
@@ -98,14 +112,17 @@ def find_copies(
     least:float=.88, # likeness from which two are the same picture: see the measures below
     k:int=3, # how many of the nearest are compared
 ) -> pd.DataFrame: # image, copy_of, likeness, mirrored
-    "Which images are the same picture as one of `among`: shifted by a pixel, mirrored, brighter, or saved again"
+    "Which images are the same picture as one of `among`: equal, shifted by a pixel, mirrored, brighter, saved again"
     same = among is None
     others = thumbs if among is None else among
+    places = _places(others)
     search = NearestNeighbors(n_neighbors=min(k + same, len(others)), algorithm='brute').fit(_coarse(others))
     rows = []
     for mirrored in False, True:
         seen = thumbs[..., ::-1] if mirrored else thumbs
         far,near = search.kneighbors(_coarse(seen))
+        image,of = _equal(seen, places, same)
+        rows.append(pd.DataFrame(dict(image=image, copy_of=of, likeness=1., mirrored=mirrored)))
         itself = same & (near == np.arange(len(near))[:, None])
         i,j = np.nonzero((far < .7) & ~itself)  # a cosine of 0.755; of a copy it is above 0.8
         for part in np.array_split(np.arange(len(i)), len(i)//2000 + 1):

@@ -7,7 +7,7 @@ __all__ = ['fold_splitter', 'CrossfitRecord', 'crossfit', 'fold_dls', 'fit_fold'
            'suspects_page', 'run_evidence', 'triage_runs', 'triage_command', 'crossfit_command']
 
 # %% ../nbs/22b_crossfit.ipynb #22imp1c0
-import base64, hashlib, json
+import base64, hashlib, json, shlex
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -24,12 +24,13 @@ from .core import check_seed, InputError, remove_leftovers, save_atomically, wri
 from .photos import open_photo
 from .images import data_checksum, data_path, image_table
 from .interpret import CamInterpretation
-from .evidence import check_evidence, Evidence, load_evidence
+from .evidence import check_evidence, classifier_of, Evidence, load_evidence
 from .triage import loader_copies, read_triage, save_triage, triage_table
 from .recipe import (change_recipe, chooses, find_recipe, fit_recipe, pick_lrs, Recipe, recipe_dls,
                               recipe_learner)
 from .run import (EnvRecord, environment, folder_for, load_run, new_run_folder, read_record,
                            recipe_from_record)
+from .summary import own_modules
 from .report import write_report
 from .share import pretrained_run
 
@@ -77,7 +78,7 @@ class CrossfitRecord(EnvRecord):
 
 def crossfit(
     recipe:str|Recipe, # a name, a TOML file or a recipe
-    data:str|Path='cifar10', # 'cifar10', 'shapes', or a folder or .tgz: see `data_path`
+    data:str|Path='cifar10', # 'cifar10', 'shapes', or a folder, archive or table: see `data_path`
     folds:int=5, # networks to train, each on all images except for a fold of this many
     out:str|Path='runs', # the folder that gets the folder of the folds
     seed:int=0, # which image is in which fold, and of the trainings
@@ -90,7 +91,8 @@ def crossfit(
     with folder_for(out):
         path = new_run_folder(f'{r.name}-{folds}-folds', out)
         try:
-            fold_dls(r, data, folds, 0, seed, env['device'])
+            dls = fold_dls(r, data, folds, 0, seed, env['device'])
+            classifier_of(recipe_learner(r, dls, seed).model)  # what says the network has none says so now
             write_json(dict(env, recipe=asdict(r), folds=folds), path/'crossfit.json')
         except InputError:
             path.rmdir()
@@ -141,11 +143,17 @@ def resume_crossfit(
         try: fit_fold(path, plan, k)
         except InputError as e:
             raise InputError(f'fold {k + 1} of {plan["folds"]}: {e}; finished folds are kept, '
-                             f'`cifar-cam crossfit --resume {path}` goes on') from None
+                             f'`{_resume_command(path, plan)}` goes on') from None
     table = triage_table([crossfit_evidence(path)])
     about = dict(folds=plan['folds'], recipe=plan['recipe']['name'])
     save_triage(table, path, images_of='train', **about)
     return path
+
+def _resume_command(path, plan):
+    words = ['cifar-cam', 'crossfit', '--resume', path]
+    for f in own_modules(recipe_from_record(plan['recipe'])): words += ['--module', f]
+    return shlex.join(map(str, words))
+
 
 # %% ../nbs/22b_crossfit.ipynb #22evidc1
 def crossfit_evidence(
@@ -175,12 +183,17 @@ def suspects_page(
     if not len(chosen):
         raise InputError('no label is doubted: there is nothing to decide')
     rows = chosen[['file', 'label', 'suggested']].to_dict('records')
-    for o in rows: o['src'] = _data_uri(Path(root)/o['file'])
+    for o in rows: o['src'] = _data_uri(_image_file(root, o['file']))
     told = json.dumps(rows).replace('<', '\\u003c')  # a class may be called </script>
     name = hashlib.sha256('\n'.join(chosen.file).encode()).hexdigest()[:12]
     page = Environment(loader=PackageLoader('cifar_cam')).get_template('suspects.html').render(rows=told, key=name)
     save_atomically(lambda f: f.write_text(page, encoding='utf-8'), path)
     return Path(path)
+
+def _image_file(root, name):
+    "Where an image lies; one outside of `root`, as a table may name it, is named from the working folder"
+    path = Path(root)/name
+    return path if path.exists() else Path(name)
 
 def _data_uri(file):
     image = open_photo(file)
@@ -208,6 +221,10 @@ def run_evidence(
     return [said]
 
 # %% ../nbs/22b_crossfit.ipynb #22runsc2
+def _check_target(out):
+    if out is not None and (Path(out)/'crossfit.json').exists():
+        raise InputError(f'{out}: holds the triage of its training images; name another folder by out= (--out)')
+
 def triage_runs(
     runs:list=(), # folders, see `run_evidence`; none: the network that comes with the package
     out:str|Path=None, # the folder that gets triage.csv and triage.json; None: the first run's, or a new one in runs/
@@ -216,6 +233,7 @@ def triage_runs(
     **kwargs, # more for `triage_table`
 ) -> Path: # of triage.csv
     "Triage of the test images of runs. Raises InputError for runs of different images, labels or classes"
+    _check_target(out or (runs[0] if runs else None))
     dls = None  # kept evidence has no images
     if not runs:
         dls = recipe_dls(pretrained_run().recipe, data or 'cifar10')
@@ -246,7 +264,7 @@ def triage_command(
 
 def crossfit_command(
     recipe:str=None, # a recipe's name (see `cifar-cam recipes`) or a TOML file
-    data:str='cifar10', # cifar10, shapes, or the PATH of a folder or .tgz
+    data:str='cifar10', # cifar10, shapes, or the PATH of a folder, archive or table: see below
     folds:int=5, # networks to train, each on all images except for its fold
     out:str='runs', # the folder that gets the folder of the folds
     seed:int=0, # which image is in which fold, and of the trainings
@@ -258,9 +276,12 @@ def crossfit_command(
     "Find wrong labels in the training set, by networks that have not seen them. The last line printed is the folder"
     if recipe is None and resume is None:
         raise InputError('name a recipe (see `cifar-cam recipes`), or a folder to go on with by --resume')
+    if suspects < 1:
+        raise InputError(f'--suspects {suspects}: choose at least one image')
     changes = {} if epochs is None else dict(epochs=epochs)
     path = resume_crossfit(resume) if resume else crossfit(recipe, data, folds, out, seed, device, **changes)
     table = read_triage(path)
     root = data_path(json.loads((path/'crossfit.json').read_text())['data'])
+    if root.is_file(): root = root.parent  # a table's names are relative to its folder
     if (table.suggested != table.label).any(): print(suspects_page(table, root, path/'suspects.html', suspects))
     print(path)

@@ -7,6 +7,7 @@ __all__ = ['plain_loader', 'item_names', 'classifier_of', 'Seen', 'see_images', 
            'load_evidence', 'check_evidence', 'pooled_probs']
 
 # %% ../nbs/16b_evidence.ipynb #16bimp01
+import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
@@ -214,8 +215,8 @@ def evidence(self:CamInterpretation,
 ) -> Evidence:
     "What this network says of its images. Raises InputError for those that it was trained on"
     train = self.learn.dls.train
-    if self.dl.dataset is train.dataset:
-        raise InputError('these are the images that the network was trained on: it has seen their labels; use crossfit')
+    if self.dl.dataset is train.dataset or _image_files(self.dl) & _image_files(train):
+        raise InputError('the network was trained on some of these images: it has seen their labels; use crossfit')
     seen = see_images(self.learn.model, self.dl, views)
     votes = None
     if neighbours:
@@ -225,3 +226,7 @@ def evidence(self:CamInterpretation,
     names = item_names(self.dl, self.learn.dls.path)
     classes = [str(c) for c in self.vocab]
     return Evidence(names, classes, seen.targs, seen.logits, seen.plain, votes)
+
+def _image_files(dl):
+    items = dl.items.iloc[:, 0] if hasattr(dl.items, 'iloc') else dl.items
+    return {os.path.abspath(o) for o in items if isinstance(o, Path)}

@@ -25,7 +25,7 @@ from .images import data_checksum, data_path
 from .schedule import plot_triangle
 from .precision import pick_precision
 from .parallel import from_all, from_first, join_processes, leave_processes, one_process
-from .recipe import AS_PUBLISHED, change_recipe, find_recipe, Recipe
+from .recipe import AS_PUBLISHED, change_recipe, chooses, find_recipe, Recipe
 from .run import (check_parts, environment, fit_run, folder_for, load_run, new_run_folder, read_record,
                            recipe_from_record, Run, says_how_to_resume)
 from .summary import write_class_report
@@ -193,8 +193,8 @@ def _environment(r, data, device, seed, published_protocol, tensorboard, process
     return dict(env, precision=pick_precision(r.precision, env['device']), processes=processes,
                 published_protocol=protocol, tensorboard=tensorboard)
 
-def _begin_run(path, r, env, decisions=None):
-    with _kept_if_begun(path):
+def _begin_run(path, r, env, decisions=None, there=None):
+    with _kept_if_begun(path, there):
         if decisions is not None: env = dict(env, **_keep_decisions(decisions, path))
         write_json(asdict(r), path/'recipe.json')
         write_json(env, path/'env.json')
@@ -207,12 +207,19 @@ def _keep_decisions(decisions, path):
     return dict(decisions=str(decisions), decisions_checksum=sha256(path/'decisions.csv'))
 
 @contextmanager
-def _kept_if_begun(path):
-    "Remove the folder if the input turns out to be wrong before the first checkpoint: there is nothing to resume"
+def _kept_if_begun(path, there=None):
+    """Remove the new folder if the input turns out to be wrong before the first checkpoint: there is nothing to resume.
+    A folder that was there before keeps what it held then, `there`"""
     try: yield
     except InputError:
-        if not rank_distrib() and not (path/'checkpoint.pt').exists(): shutil.rmtree(path)
+        if not rank_distrib() and not (path/'checkpoint.pt').exists(): _remove_new(path, there)
         raise
+
+def _remove_new(path, there):
+    if there is None: return shutil.rmtree(path)
+    for o in set(path.iterdir()) - there:
+        if o.is_dir(): shutil.rmtree(o)
+        else: o.unlink()
 
 # %% ../nbs/21_experiment.ipynb #21resume
 def run_or_resume(
@@ -225,19 +232,31 @@ def run_or_resume(
     device=None, # see `run_recipe`
     **changes, # see `run_recipe`
 ) -> Run:
-    "The run in `path`: trained, resumed or only loaded. Raises InputError if it is of another recipe, seed or data"
+    """The run in `path`: trained, resumed or only loaded. Raises InputError if it is of another recipe, seed or data,
+    and for a folder that holds something else"""
     r = _changed(recipe, changes)
     path = Path(path or Path('runs')/r.name)
+    there = _check_folder(path)
     if (path/'recipe.json').exists():
-        _check_same(load_run(path, data), r, data, seed)
+        _check_same(load_run(path, data), r, data, seed, published_protocol)
         return load_run(path, data) if load_run(path).finished else train_run(path, data)
     env = _environment(r, data, device, seed, published_protocol, tensorboard, max(1, num_distrib()))
     with folder_for(path.parent):
         path.mkdir(exist_ok=True)
-        _begin_run(path, r, env)
-        with _kept_if_begun(path): return train_run(path)
+        _begin_run(path, r, env, there=there)
+        with _kept_if_begun(path, there): return train_run(path)
 
-def _check_same(run, r, data, seed):
+def _check_folder(path):
+    "The hidden files of an empty folder, None if it is not there; an InputError for a folder of other things"
+    if not path.exists(): return None
+    if not path.is_dir():
+        raise InputError(f'{path}: is a file; name the folder of one run')
+    held = sorted(o for o in path.iterdir() if not o.name.startswith('.'))
+    if held and not (path/'recipe.json').exists():
+        raise InputError(f'{path}: holds {held[0].name} and is no run; name a new folder, such as {path/"run"}')
+    return set(path.iterdir())
+
+def _check_same(run, r, data, seed, published_protocol):
     there,asked = asdict(run.recipe),asdict(r)
     if odd := [k for k in asked if there[k]!=asked[k]]:
         raise InputError(f'{run.path}: is a run with {odd[0]}={there[odd[0]]!r}, not {asked[odd[0]]!r}; move it '
@@ -245,6 +264,10 @@ def _check_same(run, r, data, seed):
     if run.env['seed']!=seed:
         raise InputError(f"{run.path}: is a run of seed {run.env['seed']}, not {seed}; move it away, or name another "
                          "path")
+    asked_protocol = published_protocol or r.name.endswith(AS_PUBLISHED)
+    if chooses(r) and asked_protocol!=run.env['published_protocol']:
+        chosen = 'the test set' if run.env['published_protocol'] else 'held-out images'
+        raise InputError(f'{run.path}: is a run that chose by {chosen}; move it away, or name another path')
     if data_checksum(data_path(data))!=run.env['data_checksum']:
         raise InputError(f'{run.path}: is a run on other images than {data}; move it away, or name another path')
 

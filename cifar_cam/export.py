@@ -16,6 +16,7 @@ from fastcore.script import store_true
 
 from . import __version__
 from .core import InputError, save_atomically, with_bar
+from .loaders import MemoryDL, read_images
 from .predict import PixelNetwork, finished_run
 from .validate import labelled_dls, labelled_images
 from .run import Run, folder_for
@@ -30,7 +31,9 @@ def check_images(
         dl = run.dls.loaders[-1]
     else:
         dl = labelled_dls(labelled_images(data), run, device='cpu').valid
-    return dl.memory.images[dl.rows.to(dl.memory.images.device)].cpu(), dl.targets.cpu()
+    if isinstance(dl, MemoryDL): return dl.memory.images[dl.rows.to(dl.memory.images.device)].cpu(), dl.targets.cpu()
+    images,labels = dl.dataset.tls  # albumentations opens files one at a time
+    return read_images(images), torch.tensor([int(y) for y in labels])
 
 # %% ../nbs/25_export.ipynb #4cfb6672
 def export_metadata(
@@ -111,10 +114,10 @@ def _own_logits(run, images):
 
 def _write_checked(run, write, path, data, force):
     "Write beside `path`, ask what was written, and only then give it its name"
+    if path.exists() and not path.is_file():
+        raise InputError(f'{path}: is a folder or a device; name a file')
     if path.exists() and not force:
         raise InputError(f'{path}: is there already; name another file, or pass --force')
-    if path.is_dir():
-        raise InputError(f'{path}: is a folder; name a file')
     images,targets = check_images(run, data)
     ours = _own_logits(run, images)
     found = {}

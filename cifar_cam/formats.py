@@ -9,11 +9,9 @@ __all__ = ['find_table', 'find_form', 'is_archive', 'unpack_images', 'converted_
 import errno, hashlib, re, shutil, stat, tarfile, zipfile
 from pathlib import Path, PurePosixPath
 
-from fastai.data.transforms import get_image_files, image_extensions
-
 from .core import data_home, InputError, sha256
-from .tables import (FileFinder, fill_once, has_images, is_junk, read_csv, read_table, split_folders,
-                              split_name, subfolders, table_columns)
+from .tables import (FileFinder, fill_once, first_other, folder_images, has_images, is_image_name, is_junk,
+                              read_csv, read_table, split_folders, split_name, subfolders, table_columns)
 from .batches import batch_names, is_parquet, parquet_files, write_batches, write_parquet
 
 # %% ../nbs/01d_formats.ipynb #0687dbbf
@@ -38,7 +36,7 @@ def _names_all(path):
     "Does the table name all images of the folders that it names any of?"
     try: files = read_table(path).file
     except InputError: return False
-    return len(files) == sum(len(get_image_files(d, recurse=False)) for d in {f.parent for f in files})
+    return len(files) == sum(len(folder_images(d)) for d in {f.parent for f in files})
 
 # %% ../nbs/01d_formats.ipynb #a02322ef
 def find_form(
@@ -59,7 +57,7 @@ def find_form(
     raise InputError(f'{outer}: {_why_none(outer)}')
 
 def _form_of_file(path):
-    if path.suffix.lower() in image_extensions:
+    if is_image_name(path.name):
         raise InputError(f'{path}: is a single image; name the folder, the archive or the table of many')
     return 'parquet' if is_parquet(path) else 'table'
 
@@ -98,7 +96,12 @@ def _why_none(path):
             try: table_columns(read_csv(f), f.name)
             except InputError as e: return str(e)
     return ('no class folders in train/; it needs train/<class>/ and test/<class>/ or valid/<class>/, '
-            'class folders of images, or a table of file and label')
+            f'class folders of images, or a table of file and label{_odd_file(path)}')
+
+def _odd_file(path):
+    "A file of a folder that might have been a class"
+    odd = [f'{d.name}/{name}' for d in subfolders(path) if not subfolders(d) and (name := first_other(d))]
+    return f'; {odd[0]} does not end like an image (.jpg, .png, …)' if odd else ''
 
 # %% ../nbs/01d_formats.ipynb #316e733c
 def is_archive(

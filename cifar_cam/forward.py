@@ -402,7 +402,7 @@ def trace_layers(
 ) -> LayerTrace: # the same object for the same network and size
     "Trace one pass of four images of noise"
     kept = _traces.setdefault(model, {})
-    asked = tuple(x.shape[1:]), x.dtype, x.device, output, tuple(map(id, model.modules()))
+    asked = tuple(x.shape[1:]), x.dtype, x.device, output, tuple((id(m), m.extra_repr()) for m in model.modules())
     if asked not in kept: kept[asked] = LayerTrace(model, x, output)
     return kept[asked]
 

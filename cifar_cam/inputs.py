@@ -196,6 +196,9 @@ def where_named(
     "Yield (name, where it lies, or why nobody knows): beside the table, in the working folder, in folders beside it"
     finder = FileFinder(Path(folder)) if str(folder) else None
     for name in names:
+        if not name.strip():
+            yield name,InputError('a row without a name')
+            continue
         there = os.path.join(folder, os.path.expanduser(name))
         if os.path.exists(there): yield name,there
         elif os.path.exists(name): yield name,name
@@ -251,7 +254,8 @@ def _images_of(path, column, read):
     if path.suffix.lower() in ('.csv', '.tsv'):
         return where_named(_in_table(path, column), path.parent)
     if path.suffix.lower()=='.txt':
-        return where_named(path.read_text(errors='surrogateescape').splitlines(), path.parent)
+        lines = path.read_text(encoding='utf-8-sig', errors='surrogateescape').split('\n')
+        return where_named([line for line in lines if line.strip()], path.parent)
     if path.suffix.lower() not in _SUFFIXES:
         return _in_archive(path, read)
     return iter([(str(path), str(path))])

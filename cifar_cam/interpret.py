@@ -18,7 +18,7 @@ from fastai.vision.all import delegates, patch
 from matplotlib.figure import Figure
 from torch import nn
 
-from .core import InputError
+from .core import InputError, save_atomically
 from .forward import unwrap
 from .layers import find_layer
 from .cam import cam_maps, cam_method
@@ -155,7 +155,8 @@ def _heat_bar(p, label, drawing): p.bar(drawing.get('cmap', 'inferno'), 0, 1, la
 def _ranked(self:CamInterpretation, k, largest):
     "The places in the data set of `k` images, or of the places `k` in the ranking of losses"
     order = self.top_losses(largest=largest)[1]
-    return self.indices(order, int(k)) if isinstance(k, (int, np.integer)) else self.indices([int(order[i]) for i in k])
+    if isinstance(k, (int, np.integer)): return self.indices(order, int(k))
+    return self.indices([int(order[i]) for i in self._given(np.asarray(k))])
 
 def _grid(n, nrows, ncols, most):
     "(rows, columns) for `n` examples"
@@ -412,9 +413,11 @@ def save_maps(self:CamInterpretation,
     if not idxs:
         raise InputError(self._none(which))
     (maps,blank),(rival_maps,rival_blank) = (self.cams(idxs, t, **kwargs) for t in (target, 'rival'))
-    images = dict(indices=idxs, files=self.file_names(idxs), targets=self.targs[idxs], predictions=self.preds[idxs],
+    arrays = dict(indices=idxs, files=self.file_names(idxs), targets=self.targs[idxs], predictions=self.preds[idxs],
                   rivals=self.asked(idxs, 'rival'), probabilities=self.probs[idxs], losses=self.losses[idxs],
-                  vocab=self._names)
-    np.savez_compressed(path, maps=maps, blank=blank, rival_maps=rival_maps, rival_blank=rival_blank, **images,
-                        method=kwargs.get('method', 'hirescam'), layer=str(kwargs.get('layer', 'auto')))
+                  vocab=self._names, maps=maps, blank=blank, rival_maps=rival_maps, rival_blank=rival_blank,
+                  method=kwargs.get('method', 'hirescam'), layer=str(kwargs.get('layer', 'auto')))
+    def write(file):
+        with open(file, 'wb') as f: np.savez_compressed(f, **arrays)
+    save_atomically(write, path)
     return path

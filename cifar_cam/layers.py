@@ -181,7 +181,7 @@ def find_layer(
             if unwrap(m) is unwrap(layer): return n,m
         raise InputError(f"the {type(layer).__name__} given as layer is not a part of the model: pass one that is, "
                          f"or a name")
-    if (name := str(layer).partition(':')[0]) in names: return layer,names[name]
+    if (name := str(layer).partition(':')[0]) in names: return str(layer),names[name]
     listed = ', '.join(n for n in names if n.count('.') < 2)
     raise InputError(f"no layer {layer!r} in the model: choose 'auto' or one of {listed}, or a part of one")
 

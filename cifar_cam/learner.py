@@ -142,6 +142,8 @@ class CifarLearner(Learner):
         for cb in self._waiting[event_name]: cb(event_name)
 
     def create_opt(self):
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise InputError('all of the network is frozen: call requires_grad_() of the parts to train')
         self.model.to(self.dls.device)  # PyTorch chooses a fused optimizer by where the parameters are
         super().create_opt()
         if type(self.opt) is OptimWrapper: self.opt.__class__ = TorchOptimizer  # the object itself: others may hold it
@@ -245,13 +247,28 @@ def _count(state, k, default=None):
     return n
 
 # %% ../nbs/10_learner.ipynb #10bckp1c
+def _training(learn):
+    "What a checkpoint and the training that resumes from it must have in common"
+    seed = getattr(getattr(learn, 'seed_epochs', None), 'seed', None)
+    return {'number of images': len(learn.dls.train_ds), 'classes': [str(c) for c in getattr(learn.dls, 'vocab', ())],
+            'seed': seed}
+
+def _check_training(learn, state):
+    there = state.get('training', {})  # an older version wrote none
+    for k,asked in _training(learn).items():
+        if there.get(k, asked)!=asked:
+            raise ValueError('it is of other classes' if k=='classes' else f'its {k} is {there[k]}, not {asked}')
+
 def _resume_at(learn, state):
     "The epoch at which the fit under way resumes from the checkpoint `state`; None where that is of an earlier fit"
     before,epochs,total = _count(state, 'before', 0),_count(state, 'epochs'),_count(state, 'of', 0)
     if before==learn.again and total==learn.n_epoch: learn.epochs_before = before  # this fit was cut off
     done = learn.epochs_before
     if before < done: return None
-    if before==done: return epochs
+    if before==done:
+        if total not in (0, learn.n_epoch):
+            raise ValueError(f'it is of a fit of {total} epochs, not {learn.n_epoch}')
+        return epochs
     if done + learn.n_epoch <= before: return learn.n_epoch  # of a later fit: a script with several of them runs again
     raise ValueError(f'it is of a fit after {before} epochs')
 
@@ -281,6 +298,7 @@ class Checkpoint(Callback):
         state = from_first(self._read)
         if state is None: return
         try:
+            _check_training(self.learn, state)
             epoch = _resume_at(self.learn, state)
             if epoch is not None: self._restore(state, epoch)
         except Exception as e: raise self._refused(e) from None  # of another network
@@ -310,7 +328,8 @@ class Checkpoint(Callback):
         smooth = self.recorder.smooth_loss
         state = dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), watchers=watchers,
                      callbacks={cb.name: cb.state_dict() for cb in self._keepers()},
-                     before=self.epochs_before, epochs=self.epoch + 1, of=self.n_epoch,
+                     training=_training(self.learn), before=self.epochs_before, epochs=self.epoch + 1,
+                     of=self.n_epoch,
                      smooth_loss=(smooth.count, smooth.val.as_subclass(torch.Tensor)))
         save_atomically(partial(torch.save, _plain(state)), self.path)
 
@@ -322,6 +341,8 @@ def _plain_images(dls, n):
 
 def _loss_and_metrics(dls, label_smoothing):
     "What fits the labels of `dls`"
+    if not 0 <= label_smoothing < 1:
+        raise InputError(f'label_smoothing={label_smoothing}: choose 0 or more, and less than 1')
     theirs = getattr(dls.train_ds, 'loss_func', None)
     if theirs is None or type(theirs) is CrossEntropyLossFlat:
         return dict(loss_func=CrossEntropy(label_smoothing=label_smoothing), metrics=Accuracy())
@@ -342,6 +363,12 @@ def _outputs(dls):
     return n
 
 # %% ../nbs/10_learner.ipynb #870b442b
+def _check_weights(model):
+    for name,p in model.named_parameters():
+        if p.is_floating_point() and p.dtype!=torch.float32:
+            raise InputError(f'{name} is {p.dtype}: call float() of the network; precision= chooses that of the '
+                             'forward pass')
+
 def cifar_learner(
     dls:DataLoaders, # from `cifar_dls`, or any loaders of fastai
     arch:str|nn.Module='davidnet', # a name that `build_model` knows, or any network
@@ -373,6 +400,7 @@ def cifar_learner(
             model = build_model(arch, _outputs(dls), norm, pretrained=pretrained, init=init, **named)
             if named: kwargs.setdefault('splitter', split_layers)
             if hasattr(model, 'whiten'): model.whiten.fit(_plain_images(dls, 5000))
+    _check_weights(model)
     precision = pick_precision(precision, dls.device, bf16)
     half = [] if precision=='float32' else [HalfPrecision(precision)]
     basic = [TrainEvalCallback(), CastToTensor(), LightRecorder(), LightProgress()]

@@ -7,7 +7,7 @@ __all__ = ['read_images', 'fingerprint', 'cached_images', 'free_memory', 'Memory
            'cifar_dls', 'loader_norm']
 
 # %% ../nbs/04_loaders.ipynb #04imp1l
-import csv, hashlib, os, warnings, zlib
+import hashlib, operator, os, reprlib, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
@@ -27,7 +27,9 @@ from safetensors.torch import save_file
 
 from .core import data_home, InputError, remove_leftovers, save_atomically, with_bar
 from .photos import NamedImage, Squeeze
-from .images import CIFAR10, cifar_block, folder_digest, image_table, ImageSource, stats_of
+from .tables import read_csv
+from .images import (check_size, CIFAR10, cifar_block, folder_digest, image_table, ImageSource, is_cifar10,
+                              stats_of)
 
 # %% ../nbs/04_loaders.ipynb #1c308c43
 def read_images(
@@ -70,6 +72,7 @@ def cached_images(
 ) -> torch.Tensor:
     "`image_files(path)` as one uint8 tensor N×3×H×W: decoded once, then mapped from a file in fastai's data folder"
     if rows is None: rows = image_table(path)
+    size = check_size(size)
     sides = 'x'.join(map(str, (size, size) if isinstance(size, int) else size))
     place = hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:16]
     try: file = data_home()/'cifar_cam-cache'/f'{place}-{sides}.safetensors'
@@ -93,7 +96,7 @@ class _Photos:
     "Opens what a `TfmdLists` of `NamedImage.create` and `Squeeze` opens, at half its cost for small images"
     def __init__(self, files, size):
         self.files = files
-        self.squeeze = Squeeze(size)
+        self.squeeze = Squeeze(check_size(size))
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
         image = NamedImage.create(self.files[i])
@@ -282,12 +285,13 @@ def _item_tfms(tfms, in_memory):
 
 def _stats(source, items, splits, splitter, size):
     "Of all images that are not tested on; those of a `splitter` of one's own, of its first part"
-    train = [items[i] for i in splits[0]] if splitter else list(source.rows.file[source.rows.split == 'train'])
-    labels = {str(source.get_y(o)) for o in train}
+    train = splits[0] if splitter else [i for i,part in enumerate(source.rows.split) if part == 'train']
+    labels = {str(source.get_y(items[i])) for i in train}
     for i in (i for split in splits[1:] for i in split):
         if (label := str(source.get_y(items[i]))) not in labels:
             raise InputError(f'{items[i]}: its class {label} has no images to train on')
-    return cifar_stats if labels == set(CIFAR10) else stats_of(train, size)
+    whole = labels == set(CIFAR10) and is_cifar10(items, [str(source.get_y(o)) for o in items])
+    return cifar_stats if whole else stats_of([items[i] for i in train], size)
 
 def _memory(source, items, size, rows):
     if source.path: return MemoryImages.from_folder(source.path, size, rows)
@@ -305,23 +309,33 @@ def read_decisions(
     labels:dict, # the class of each training image, by the same names
 ) -> dict: # file → class, or None for an image that is dropped
     "Decisions about training labels. Raises InputError that names a wrong row"
-    try: rows = list(csv.DictReader(Path(path).read_text(encoding='utf-8').splitlines()))
-    except (OSError, ValueError, csv.Error) as e:
-        raise InputError(f'{path}: cannot be read ({e}); name a table of decisions') from None
-    decided = {}
+    decided,at = {},{}
     classes = sorted(set(labels.values()))
-    for n,row in enumerate(rows, 2):
-        file,decision,label = (row.get(k) for k in ('file', 'decision', 'label'))
+    for n,file,decision,label in _decision_rows(path):
         if decision not in ('keep', 'relabel', 'drop'):
             raise InputError(f'{path}, line {n}: decision={decision!r}; choose keep, relabel or drop')
         if file not in labels:
             raise InputError(f'{path}, line {n}: {file} is no training image of {root}')
         if decision=='relabel' and label not in classes:
             raise InputError(f"{path}, line {n}: label={label!r}; choose one of {', '.join(classes)}")
-        decided[file] = dict(keep=labels[file], relabel=label, drop=None)[decision]
+        verdict = dict(keep=labels[file], relabel=label, drop=None)[decision]
+        if decided.setdefault(file, verdict) != verdict:
+            raise InputError(f'{path}: lines {at[file]} and {n} say different things about {file}; remove one')
+        at.setdefault(file, n)
     if gone := sorted(set(classes) - set((labels | decided).values())):
         raise InputError(f'{path}: no training image of {gone[0]} is left; keep some')
     return decided
+
+def _decision_rows(path):
+    "(line, file, decision, label) of each row"
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f'decisions={reprlib.repr(path)}: name a table of decisions')
+    rows = read_csv(path, 'decisions')
+    rows.columns = [str(c).strip().lower() for c in rows.columns]
+    for c in 'file', 'decision', 'label':
+        if c not in rows.columns:
+            raise InputError(f'{path}: has no column {c!r}; its first line must be file,decision,label')
+    return ((n, *map(str.strip, cells)) for n,*cells in rows[['file', 'decision', 'label']].itertuples())
 
 # %% ../nbs/04_loaders.ipynb #04deci02
 class _Decided:
@@ -342,6 +356,13 @@ def _follow(decisions, source, items, splits):
     return (*kept, splits[-1]),_Decided(root, decided, source.get_y)
 
 # %% ../nbs/04_loaders.ipynb #a3bca289
+def _batch_size(bs):
+    try: n = 0 if isinstance(bs, bool) else operator.index(bs)  # NumPy's integers too
+    except TypeError: n = 0
+    if n < 1:
+        raise InputError(f'bs={reprlib.repr(bs)}: choose at least one image a batch, as a whole number')
+    return n
+
 def cifar_dls(
     data:str|Path|pd.DataFrame='cifar10', # 'cifar10', 'shapes', or a folder, archive or table: see `data_path`
     item_tfms:list=None, # transforms of training images: `cifar_augment(cutout=8)`, say
@@ -360,8 +381,8 @@ def cifar_dls(
     **kwargs, # more for fastai's `dataloaders`: num_workers, device, ...
 ) -> DataLoaders: # `test_note` describes the test set if the data set has none of its own
     "Loaders: train, the held-out images if any, test. Raises InputError for a transform that cannot work"
-    if not bs >= 1:
-        raise InputError(f'bs={bs}: choose at least one image a batch')
+    bs = _batch_size(bs)
+    size = check_size(size)
     single = _item_tfms(item_tfms, in_memory)
     source = ImageSource(hold_out, seed, valid_pct, labels, get_items, get_y)
     items = source.get_items(data)

@@ -41,6 +41,8 @@ def _squeezed(photo, size, stats, model):
     "The whole photo at `size` (height, width), normalised, as a batch of one on the device of `model`"
     if (channels := len(stats[0])) not in (1, 3):
         raise InputError(f'the network takes images of {channels} channels; a photo has 1 or 3')
+    if not all(s > 0 for s in stats[1]):
+        raise InputError(f'stats: the standard deviations are {tuple(stats[1])}; each has to be above 0')
     x = np.array(photo.convert('L' if channels==1 else 'RGB').resize(size[::-1], Image.Resampling.BICUBIC))
     x = torch.from_numpy(x.reshape(*size, -1)).permute(2, 0, 1)[None].float()/255
     mean,std = (torch.tensor(s, dtype=torch.float32).view(1, -1, 1, 1) for s in stats)
@@ -67,7 +69,7 @@ def explain_image(
     target:str=None, # the class of the map; None: the likeliest one
     vocab:list=None, # class names, in the order of the network's outputs
     stats:tuple=None, # channel means and standard deviations that training images were normalised with
-    size:tuple=None, # height and width of the training images; None: the learner's, else 32×32
+    size:tuple|int=None, # height and width of the training images, or their side; None: the learner's, else 32×32
     plain:bool=False, # the overlay only, without text
     figsize:tuple=None, # of the figure, in inches
     dpi:int=None, # dots an inch
@@ -89,8 +91,10 @@ def explain_image(
     if size is None:
         raise InputError('the learner has no images of its own: pass size, the (height, width) it was trained on')
     names = [str(c) for c in vocab]
+    if twice := [c for c in names if names.count(c) > 1]:
+        raise InputError(f'vocab has the class {twice[0]!r} twice: give each class a name of its own')
     asked = target if target is None else class_index(target, names)
-    x = _squeezed(im, size, stats, model)
+    x = _squeezed(im, (size, size) if isinstance(size, (int, np.integer)) else size, stats, model)
     net,layer,output,one = _of_classes(model, layer, x, len(names), output)
     res = cam_maps(net, x, method, layer, asked, min_px=min_px, output=output, **kwargs)
     if one: act = act or (None if loss_func else torch.sigmoid)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 
 from .augment import TTA
-from .cam import cam_maps
+from .cam import cam_maps, cam_method
 from .core import InputError, save_atomically, with_bar, writing
 from .photos import open_photo
 from .inputs import find_images, image_pixels, names_from_stdin, open_binary
@@ -237,8 +237,10 @@ def predict_images(
     out = Path(out)
     paths = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     _check_asked(top, bs, out, force)
+    if cams: cam_method(method)
+    device = pick_device(device)
     given = [names_from_stdin() if p=='-' else p for p in paths]
-    total = _count_images(given, paths, column, kaggle)
+    total = _count_images(given, paths, column, kaggle, cams)
     classes = list(run.metrics['class_accuracy'])
     top = 1 if kaggle else min(top, len(classes))
     settings = dict(weights=_weights_digest(run), tta=tta, paths=paths, overlays=cams and [str(cams), method])
@@ -249,7 +251,7 @@ def predict_images(
         try:
             kept,left = table.resume(find_images(given, column), lambda o: _kaggle_id(o[0]) if kaggle else o[0])
             _predict_all(table, left, total - kept, run, dict(bs=bs, tta=tta, kaggle=kaggle, top=top, classes=classes),
-                         cams, method, pick_device(device))
+                         cams, method, device)
             table.finish()
         finally:
             table.close()
@@ -259,19 +261,28 @@ def predict_images(
 def _check_asked(top, bs, out, force):
     if top < 1 or bs < 1:
         raise InputError(f'top={top} and bs={bs}: choose at least 1')
-    if out.is_dir():
-        raise InputError(f'{out}: is a folder; name a file')
+    if out.exists() and not out.is_file():
+        raise InputError(f'{out}: is a folder or a device; name a file')
     if out.exists() and not force:
         raise InputError(f'{out}: is there already; name another file, or pass --force')
+    if out.exists() and not _is_predictions(out):
+        raise InputError(f'{out}: holds no predictions, so it is not written over; name another file')
+
+def _is_predictions(path):
+    "Is a file empty, or a table as `_columns` names it?"
+    with open(path, 'rb') as f: head = f.readline(1000).strip()
+    return head in (b'', b'id,label') or head.startswith(b'file,class,probability')
 
 def _weights_digest(run): return hashlib.sha256((run.path/'weights.safetensors').read_bytes()).hexdigest()
 
-def _count_images(given, paths, column, kaggle):
+def _count_images(given, paths, column, kaggle, cams):
     "How many images there are, before one is read"
     n = 0
     ids = set()
-    for name,_ in find_images(given, column, read=False):
+    for name,photo in find_images(given, column, read=False):
         n += 1
+        if cams and isinstance(photo, (str, Path)) and _is_same(_overlay_path(cams, name), photo):
+            raise InputError(f'{cams}: its picture of {name} would be written over that image; name another folder')
         if kaggle:
             if _kaggle_id(name) in ids:
                 raise InputError(f"{name}: two images have the id {_kaggle_id(name)}; Kaggle needs one each")
@@ -279,6 +290,8 @@ def _count_images(given, paths, column, kaggle):
     if not n:
         raise InputError(f"{', '.join(paths) or 'nothing'}: no images; they end in .jpg, .png, …")
     return n
+
+def _is_same(a, b): return os.path.abspath(a)==os.path.abspath(b)
 
 def _predict_all(table, images, n, run, how, cams, method, device):
     network = PixelNetwork(run).to(device)

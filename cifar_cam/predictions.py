@@ -114,6 +114,8 @@ class Predictions(ClassificationInterpretation):
     ):
         """Run over all images once, without augmentation. The loss is the learner's loss function, image by image.
         Raises InputError for a loader whose images have not one class each, or one that leaves images out"""
+        if dl is None and not -len(learn.dls.loaders) <= ds_idx < len(learn.dls.loaders):
+            raise InputError(f'ds_idx={ds_idx}: the learner has {len(learn.dls.loaders)} loaders, from 0 on')
         dl = (learn.dls[ds_idx] if dl is None else dl).new(shuffle=False, drop_last=False)
         _check(dl)
         out,targs,losses = _run(learn, dl, output)
@@ -166,6 +168,8 @@ def hardest(self:Predictions,
 @patch
 def _choose(self:Predictions, classes, most):
     "(indices, words about the choice) for a figure. `classes`: names, or None: all, of more than `most` the hardest"
+    if classes is not None and not len(classes):
+        raise InputError('classes=[]: name at least one class, or leave it out')
     if classes is not None: return [class_index(c, self.vocab) for c in classes],''
     n = len(self.vocab)
     if n <= most: return list(range(n)),''
@@ -308,6 +312,8 @@ def _given(self:Predictions, which):
     n = len(self.losses)
     if which.dtype==bool and which.shape!=(n,):
         raise InputError(f'a choice of yes and no for {which.size} images: there are {n:,}')
+    if which.size and which.dtype.kind not in 'biu' and (which.dtype.kind!='f' or (which!=which.round()).any()):
+        raise InputError(f'which={which.flat[0]!r}, …: choose images by whole numbers')
     idxs = (np.flatnonzero(which) if which.dtype==bool else which).astype(int).flatten().tolist()
     for i in idxs:
         if not 0 <= i < n:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'AUGMENTS', 'RECIPES', 'AS_PUBLISHED', 'PUBLISHED_RECIPES', 'EXPERIMENTS', 'read_steps', 'Recipe',
-           'chooses', 'change_recipe', 'find_recipe', 'read_recipe', 'recipe_modules', 'load_published', 'recipe_table',
-           'recipe_dls', 'recipe_learner', 'pick_lrs', 'fit_recipe']
+           'chooses', 'change_recipe', 'without_effect', 'find_recipe', 'read_recipe', 'recipe_modules',
+           'load_published', 'recipe_table', 'recipe_dls', 'recipe_learner', 'pick_lrs', 'fit_recipe']
 
 # %% ../nbs/18_recipe.ipynb #18imp1r
 import tempfile
@@ -23,6 +23,7 @@ from fastai.callback.schedule import ParamScheduler, SchedLin
 from fastai.vision.all import DataLoaders, Learner, SchedCos
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from .core import InputError, input_error, one_of, raises_input_error
 from .images import data_path, image_stats
@@ -45,6 +46,15 @@ def _rate(v:float|str) -> float|str:
     if not 0 < rate <= 1000:
         raise ValueError("choose 'find' or a number up to 1000")
     return rate
+
+def _percent(v:float|None) -> float|None:
+    if v is not None and not 0 <= v <= 100:
+        raise ValueError('choose an accuracy in percent, from 0 to 100')
+    return v
+
+def _plain(v):
+    "A number of NumPy's or PyTorch's as Python's"
+    return v.item() if hasattr(v, 'item') and getattr(v, 'ndim', 1)==0 else v
 
 def _sides(v:str) -> str:
     "Sides of images in pixels, with commas between them"
@@ -107,7 +117,7 @@ class Recipe:
     l1: Annotated[float, Field(ge=0, le=1)] = 0. # strength of the L1 penalty
     label_smoothing: Annotated[float, Field(ge=0, le=.9)] = 0. # share of the target spread over all classes
     augment: Annotated[str, one_of(AUGMENTS)] = 'crop-flip-cutout' # one of `AUGMENTS`
-    flip: bool = True # of 'crop-flip-cutout': mirror one image in two
+    flip: bool = True # mirror one image in two; a `pipeline` of your own decides that itself
     padding: Annotated[str, one_of(('reflect', 'zeros'))] = 'reflect' # what fills the border before a crop
     cutout: Annotated[int, Field(ge=0, le=1024)] = 8 # side of the Cutout hole in pixels; 0 for none
     pipeline: str = '' # of 'albumentations': a file that `A.save` wrote; '': `albumentations_augment`
@@ -122,8 +132,14 @@ class Recipe:
     compile: bool = False # train the network compiled: see `Compiled`
     keep_best: bool = False # end with the best checkpoint instead of the last epoch
     hold_out: Annotated[float, Field(ge=.001, le=.9)] = .1 # share of the training images held out to choose by
-    published: float|None = None # accuracy of the published experiment, in percent
+    published: Annotated[float|None, AfterValidator(_percent)] = None # accuracy of the published experiment, in percent
     published_as: str = '' # which accuracy that is, such as 'best of 50' epochs
+
+    @model_validator(mode='before')
+    @classmethod
+    def _numbers_of_arrays(cls, given):
+        if not isinstance(given, ArgsKwargs): return given
+        return ArgsKwargs(tuple(map(_plain, given.args)), {k: _plain(v) for k,v in (given.kwargs or {}).items()})
 
     @model_validator(mode='after')
     def _ends_of_a_triangle(self):
@@ -174,6 +190,29 @@ def _from_text(k, v, kind):
     try: return TypeAdapter(kind).validate_strings(v)
     except ValidationError as e: raise input_error(e, Recipe, k) from None
 
+# %% ../nbs/18_recipe.ipynb #18idlec1
+_WITH = {**dict.fromkeys(('factor', 'patience', 'watch', 'floor', 'warmup'), ('schedule', ('plateau',))),
+         'div': ('schedule', ('one-cycle',)), 'pct_start': ('schedule', ('one-cycle', 'triangle', 'flat-cosine')),
+         'steps': ('schedule', ('steps',)), 'padding': ('augment', ('crop-flip-cutout', 'alternating')),
+         'cutout': ('augment', ('crop-flip-cutout', 'alternating', 'albumentations')),
+         'pipeline': ('augment', ('albumentations',))}
+
+def without_effect(
+    r:Recipe, # any recipe
+) -> dict: # setting → why it changes nothing
+    "The settings of `r` that differ from their defaults and change nothing, because of another setting"
+    def is_set(k): return getattr(r, k) != Recipe.__dataclass_fields__[k].default
+    idle = {k: f"acts only with {by}={' or '.join(map(repr, values))}" for k,(by,values) in _WITH.items()
+            if is_set(k) and getattr(r, by) not in values}
+    if r.augment=='none' and not r.cutout: idle.pop('cutout')  # there is no hole, as asked
+    if r.augment=='albumentations' and r.pipeline:
+        own = f'pipeline={r.pipeline!r} decides that itself; change it there'
+        idle |= {k: own for k in ('flip', 'cutout') if is_set(k)}
+    if r.schedule=='steps' and not r.steps:
+        idle |= dict.fromkeys(('schedule', 'steps'), "such a schedule needs steps, as in steps='30:0.1'")
+    return idle
+
+
 # %% ../nbs/18_recipe.ipynb #18pubrec
 AS_PUBLISHED = '-as-published'
 PUBLISHED_RECIPES = {r.name: r for r in (
@@ -204,15 +243,27 @@ def find_recipe(
     as_published:bool=False, # the settings of the published experiment instead of ours
     **changes, # settings to change; None keeps the recipe's value
 ) -> Recipe:
-    "The recipe called `name`, with changes. Raises InputError that lists the known recipes"
+    """The recipe called `name`, with changes. Raises InputError that lists the known recipes, and for a change that
+    would do nothing"""
     changes = {k: v for k,v in changes.items() if v is not None}
     known = RECIPES | PUBLISHED_RECIPES
     full = f'{name}{AS_PUBLISHED}' if as_published else str(name)
-    if full in known: return change_recipe(known[full], **changes)
+    if full in known: return _with_effect(known[full], changes)
     if as_published:
         raise InputError(f"{name}: was not published; as published there are {', '.join(_published_names())}")
-    if full.endswith('.toml'): return change_recipe(read_recipe(name), **changes)
+    if full.endswith('.toml'): return _with_effect(read_recipe(name), changes)
     raise InputError(f"unknown recipe {full!r}: choose one of {', '.join(known)}, or a .toml file")
+
+def _with_effect(r, changes):
+    "`r` changed; a change that does nothing is a mistake"
+    new = change_recipe(r, **changes)
+    idle = without_effect(new)
+    for k in changes:
+        if k in idle:
+            raise InputError(f'{k}={getattr(new, k)!r}: {idle[k]}')
+    if 'pipeline' in changes and new.pipeline and not Path(new.pipeline).is_file():
+        raise InputError(f'pipeline={new.pipeline!r}: no such file; name one that `A.save` wrote')
+    return new
 
 def _published_names(): return [n.removesuffix(AS_PUBLISHED) for n in PUBLISHED_RECIPES]
 
@@ -220,14 +271,14 @@ def _published_names(): return [n.removesuffix(AS_PUBLISHED) for n in PUBLISHED_
 def read_recipe(
     path:str|Path, # a TOML file of settings of `Recipe`; `base = "davidnet"` starts from a built-in one
 ) -> Recipe:
-    "The recipe in a TOML file. Raises InputError that names the file"
+    "The recipe in a TOML file. Raises InputError that names the file, also for a setting that would do nothing"
     path = Path(path)
     settings = _read_toml(path)
     settings.pop('module', None)  # the user's own code, which the command line runs
     base,name = settings.pop('base', None),settings.pop('name', path.stem)
     try:
-        if base is None: return change_recipe(Recipe(name), **settings)
-        return change_recipe(replace(_base_recipe(base), name=name, published=None, published_as=''), **settings)
+        if base is None: return _with_effect(Recipe(name), settings)
+        return _with_effect(replace(_base_recipe(base), name=name, published=None, published_as=''), settings)
     except InputError as e: raise InputError(f'{path}: {e}') from None
 
 def _read_toml(path):
@@ -289,10 +340,11 @@ def _augment(r, data):
     "The `item_tfms` that `r.augment` names"
     mode = dict(reflect='reflect', zeros='constant')[r.padding]
     if r.augment=='crop-flip-cutout': return cifar_augment(r.cutout, flip=r.flip, mode=mode)
-    if r.augment=='alternating': return [AlternatingFlip(), *cifar_augment(r.cutout, pad=2, flip=False, mode=mode)]
+    if r.augment=='alternating':
+        return [*[AlternatingFlip()]*r.flip, *cifar_augment(r.cutout, pad=2, flip=False, mode=mode)]
     if r.augment=='none': return []
     if r.pipeline: return [load_albumentations(r.pipeline)]
-    return albumentations_augment(r.size, image_stats(data_path(data), r.size)[0], r.cutout)
+    return albumentations_augment(r.size, image_stats(data_path(data), r.size)[0], r.cutout, r.flip)
 
 def recipe_dls(
     r:Recipe, # what to train

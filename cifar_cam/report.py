@@ -30,8 +30,8 @@ from .triage import read_triage, triage_summary, VERDICTS
 from .recipe import chooses, RECIPES
 from .run import load_run, Run
 from .charts import calibration_chart, chart_panel, chart_place, curve_chart, epoch_span
-from .summary import (class_report, class_table, paired_difference, read_class_report, reliability,
-                               run_command)
+from .summary import (class_report, class_table, differing_settings, paired_difference, read_class_report,
+                               reliability, run_command, told_decisions)
 
 # %% ../nbs/20_report.ipynb #4c0e8960
 # where nothing is held out, test is what is validated on
@@ -185,11 +185,12 @@ def _table(name, frame, form='.4g'):
     return dict(name=name, columns=[str(c).replace('_', ' ') for c in frame],
                 rows=[[show(v) for v in row] for row in frame.itertuples(index=False)])
 
-def _settings(r):
+def _settings(run):
     "(setting, value, the built-in recipe's value where it differs)"
-    base = RECIPES.get(r.name, r)
-    return [(k, _value_text(v), '' if getattr(base, k)==v else _value_text(getattr(base, k)))
-            for k,v in asdict(r).items() if k not in ('name', 'published', 'published_as')]
+    base = asdict(RECIPES.get(run.recipe.name, run.recipe))
+    own = dict(asdict(run.recipe), decisions=told_decisions(run.env))
+    return [(k, _value_text(v), '' if base.get(k)==v else _value_text(base.get(k)))
+            for k,v in own.items() if k not in ('name', 'published', 'published_as')]
 
 def _selected(run):
     "Was something chosen by the test images that the accuracy is of?"
@@ -318,8 +319,8 @@ def write_report(
     command,toml = run_command(run)
     return _render('report.html', run.path/'report.html', _run_gallery(interp, idxs, maps, table), run=run,
                    r=run.recipe, m=run.metrics, selected=selected, triage=triage,
-        parameters=count_parameters(run.model), settings=_settings(run.recipe), built_in=run.recipe.name in RECIPES,
-        curves=_run_curves(run, selected), history=_table('Epochs', run.history),
+        parameters=count_parameters(run.model), built_in=run.recipe.name in RECIPES,
+        settings=_settings(run), curves=_run_curves(run, selected), history=_table('Epochs', run.history),
         calibration=calibration_chart(bins, selected), bins=_table('Bins of confidence', bins), shown=len(idxs),
         report=_table('Classification report', class_report(interp), '.3f'), no_maps=no_maps,
         at_chance='hirescam' in interp.at_chance,
@@ -347,10 +348,7 @@ def _compared_history(runs, labels):
     return _table('Accuracy on test by epoch', pd.concat(frames, axis=1).sort_index().reset_index())
 
 def _compared_settings(runs, labels):
-    each = [dict(asdict(o.recipe), **{k: o.env.get(k) for k in ('data', 'seed', 'device', 'published_protocol',
-                                                                'torch')}) for o in runs]
-    rows = [(k.replace('_', ' '), *(_value_text(e[k]) for e in each)) for k in each[0]
-            if len({str(e[k]) for e in each}) > 1]
+    rows = [(k.replace('_', ' '), *map(_value_text, v)) for k,v in differing_settings(runs).items()]
     return dict(name='Settings that differ', columns=('Setting', *labels), rows=rows)
 
 # %% ../nbs/20_report.ipynb #e929826c
@@ -399,9 +397,11 @@ def compare_runs(
     images:int=500, # at most so many images in the gallery
     budget:int=3_000_000, # at most so many bytes of images
 ) -> Path: # of the file
-    "Write one page that compares `runs`. Raises InputError for fewer than two, and if one is not finished"
+    "Write one page that compares `runs`. Raises InputError for fewer than two, and for one that is not finished"
     if len(runs) < 2:
         raise InputError(f'{len(runs)} run: name at least two to compare')
+    if path and Path(path).is_file() and b'>Comparison</p>' not in Path(path).read_bytes():  # a file of a run, say
+        raise InputError(f'{path}: is there already, and is no comparison; name another file')
     runs = [_as_run(o) for o in runs]
     labels = _labels(runs)
     same = _same_images(runs)

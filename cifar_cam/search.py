@@ -8,7 +8,8 @@ __all__ = ['SweepRecord', 'Sweep', 'begin_sweep', 'trial_recipe', 'JudgeTrial', 
 # %% ../nbs/25c_search.ipynb #496344f3
 import os, socket, shutil, time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,10 @@ from pydantic import BaseModel, Field
 
 from .core import InputError, check_seed, Seed, write_json
 from .learner import Checkpoint
-from .recipe import Recipe, change_recipe, find_recipe, fit_recipe
+from .recipe import Recipe, change_recipe, find_recipe, fit_recipe, recipe_modules, without_effect
 from .history import History, KeepBest
 from .run import environment, fit_run, load_run, new_run_folder, read_record, recipe_from_record
+from .summary import own_modules
 from .space import open_storage, optuna_package, parse_space, quiet_optuna
 
 # %% ../nbs/25c_search.ipynb #16d6ee66
@@ -37,6 +39,7 @@ class SweepRecord(BaseModel, strict=True):
     storage: str # where Optuna keeps the trials
     study: str # their name in it
     device: str|None # cpu, cuda, ...; None: the best there is
+    modules: list[str] = [] # Python files that the shell has to run first: own networks and optimizers
 
 class Sweep:
     "A sweep's folder: `plan`, `recipe`, `space`, `study`. Raises InputError for a folder that is none"
@@ -80,7 +83,7 @@ def begin_sweep(
     prune:bool=True, # stop a training that is worse than the median of the others at the same epoch
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
 ) -> Sweep:
-    "Make the folder of a sweep. Raises InputError before anything is written"
+    "Make the folder of a sweep. Raises InputError before anything is written, also for a setting that would do nothing"
     check_seed(seed)
     r = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
     space,shared = parse_space(r, settings)
@@ -88,10 +91,14 @@ def begin_sweep(
         raise InputError('nothing is swept: set a range or choices, such as --set lr=0.05..0.8:log')
     if trials < 1:
         raise InputError(f'trials={trials}: choose at least one')
+    whole = change_recipe(r, **shared)
+    _check_effect(whole, space, shared)
     env = environment(data, device, seed)
     path = new_run_folder(f'{r.name}-sweep', out)
-    plan = dict(recipe=asdict(change_recipe(r, **shared)), settings=list(settings), data=str(data), trials=trials,
-                seed=seed, prune=prune, storage=str(storage), study=path.name, device=device and str(device))
+    named = [] if isinstance(recipe, Recipe) else recipe_modules(recipe)
+    plan = dict(recipe=asdict(whole), settings=list(settings), data=env['data'], trials=trials, seed=seed, prune=prune,
+                storage=str(storage), study=path.name, device=device and str(device),
+                modules=_modules(named, whole, space))
     try:
         write_json(dict(plan, data_checksum=env['data_checksum']), path/'sweep.json')
         sweep = Sweep(path)
@@ -100,6 +107,29 @@ def begin_sweep(
         raise
     _enqueue_own(sweep)
     return sweep
+
+# %% ../nbs/25c_search.ipynb #25cmodc1
+def _check_effect(r, space, shared):
+    "Raises InputError for a value that changes nothing in any trial"
+    ruled = [[(k, v) for v in _ends(space[k])] for k in ('schedule', 'augment', 'steps', 'pipeline') if k in space]
+    others = list(map(dict, product(*ruled)))
+    for k in [*space, *shared]:
+        for v in _ends(space[k]) if k in space else [shared[k]]:
+            idle = [_idle(r, dict(o, **{k: v})).get(k) for o in others]
+            if all(idle):
+                raise InputError(f'{k}={v!r}: {idle[0]}')
+
+def _ends(d): return d.choices if hasattr(d, 'choices') else (d.low, d.high)
+
+def _idle(r, changes):
+    try: return without_effect(replace(r, **changes))
+    except InputError: return {}  # that trial will say it
+
+def _modules(named, r, space):
+    "Files that a TOML recipe names, and those of everything that is tried"
+    tried = [r, *(replace(r, **{k: v}) for k in ('arch', 'norm', 'opt') if k in space for v in space[k].choices)]
+    return list(dict.fromkeys(os.path.abspath(f) for f in [*named, *(m for o in tried for m in own_modules(o))]))
+
 
 # %% ../nbs/25c_search.ipynb #108e7b87
 def _enqueue_own(sweep):
@@ -111,7 +141,9 @@ def _has(d, v):
     "Is `v` a value of a distribution?"
     if hasattr(d, 'choices'):
         return v in d.choices
-    return not isinstance(v, str) and d.low <= v <= d.high and (not d.step or (v - d.low) % d.step==0)
+    if isinstance(v, str) or not d.low <= v <= d.high: return False
+    steps = (v - d.low)/d.step if d.step else 0
+    return abs(steps - round(steps)) < 1e-8  # a tenth has no exact value; Optuna itself looks no closer
 
 # %% ../nbs/25c_search.ipynb #dfbce6bf
 def trial_recipe(

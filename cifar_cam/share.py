@@ -6,7 +6,7 @@
 __all__ = ['SHARED', 'model_card', 'push_to_hub', 'ship_run', 'pretrained_run']
 
 # %% ../nbs/22_share.ipynb #22imp1s
-import json, shutil
+import csv, json, shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from .run import load_run, Run
 from .summary import changed_settings
 
 # %% ../nbs/22_share.ipynb #2443dd6d
-SHARED = ['*.json', 'history.csv', 'classification_report.csv', 'layers.txt', 'weights.safetensors', 'figures/*.png',
-          'report.html', 'README.md']
+SHARED = ['*.json', 'history.csv', 'classification_report.csv', 'layers.txt', 'decisions.csv', 'weights.safetensors',
+          'figures/*.png', 'report.html', 'README.md']
 
 def _score(name, s):
     "A measure with its interval, or nothing where it was not measured"
@@ -40,6 +40,15 @@ def _said_of_maps(path):
     lines = [f'- {m}: {", ".join(filter(None, found))}' for m,found in scores.items() if any(found)]
     head = 'How far its maps can be believed, with 95 % intervals (`randomcam` is the control):'
     return '\n'.join([head, '', *lines, '', '']) if lines else ''
+
+def _said_of_decisions(run):
+    "How many labels were changed before the training; '' where there were no decisions"
+    if not run.env.get('decisions_checksum'): return ''
+    try: rows = list(csv.DictReader(run.decisions.read_text(encoding='utf-8').splitlines()))
+    except (InputError, OSError, ValueError): return '\nA table of decisions changed or dropped training labels.'
+    said = list({o.get('file'): o.get('decision') for o in rows}.values())
+    return (f"\nA table of decisions was applied to the training set: labels changed {said.count('relabel'):,}, "
+            f"images dropped {said.count('drop'):,}.")
 
 def model_card(
     run:Run, # a finished run
@@ -62,7 +71,7 @@ library_name: cifar_cam
 
 {r.arch} with {r.norm} normalisation, {r.epochs} epochs on {trained_on}{own and ', with ' + own}:
 {100*m["accuracy"]:.2f} % of {m["images"]:,} test images, {100*m["accuracy_flip_tta"]:.2f} % averaged with their
-mirror images; {run.chosen_on}.
+mirror images; {run.chosen_on}.{_said_of_decisions(run)}
 
 {terms}{source}
 
@@ -102,8 +111,8 @@ def ship_run(
     path = Path(path)
     learn = recipe_learner(run.recipe, run.dls, run.env['seed'])
     path.mkdir(parents=True, exist_ok=True)
-    there = [f for f in ('recipe.json', 'env.json', 'history.csv', 'score.json') if (run.path/f).exists()]
-    for name in there: shutil.copy(run.path/name, path/name)
+    for name in 'recipe.json', 'env.json', 'history.csv', 'score.json', 'decisions.csv':
+        if (run.path/name).exists(): shutil.copy(run.path/name, path/name)
     save_weights(run.model, path/'weights.safetensors', half=True)
     load_weights(learn.model, path/'weights.safetensors')
     measured = evaluate_learner(learn, learn.dls[-1], run.recipe.tta)

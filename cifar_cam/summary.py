@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['class_table', 'class_report', 'write_class_report', 'read_class_report', 'reliability', 'changed_settings',
-           'run_command', 'paired_difference']
+           'own_modules', 'run_command', 'told_decisions', 'differing_settings', 'paired_difference']
 
 # %% ../nbs/19b_summary.ipynb #19bimp1
-import json, shlex
+import inspect, json, os, shlex
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from scipy.stats import binomtest
 from sklearn.metrics import classification_report
 
 from .core import InputError, save_atomically
+from .models import MODELS, NORMS
+from .optimizers import OPTIMIZERS
 from .evaluate import accuracy_interval
 from .interpret import CamInterpretation
-from .recipe import PUBLISHED_RECIPES, Recipe, RECIPES
+from .recipe import PUBLISHED_RECIPES, Recipe, RECIPES, without_effect
 from .run import Run
 
 # %% ../nbs/19b_summary.ipynb #1990f1f4
@@ -105,6 +108,26 @@ def changed_settings(
     about = ('published', 'published_as')
     return {} if base is None else {k: v for k,v in asdict(r).items() if v != getattr(base, k) and k not in about}
 
+# %% ../nbs/19b_summary.ipynb #19bownc1
+def own_modules(
+    r:Recipe, # any recipe
+) -> list: # of paths
+    "The Python files of the network, the norm and the optimizer of `r` that are your own: `--module` of the shell"
+    files = [_file_of(o) for o in (MODELS.get(r.arch), NORMS.get(r.norm), OPTIMIZERS.get(r.opt))]
+    return list(dict.fromkeys(f for f in files if f))
+
+_NOT_OWN = 'cifar_cam', 'fastai', 'torch', 'torchvision', 'builtins', '__main__', ''
+
+def _file_of(made):
+    "The file that defines a function or a class; None for those of this package, of PyTorch, and of no file"
+    while isinstance(made, partial): made = made.func
+    if not (inspect.isroutine(made) or inspect.isclass(made)): made = type(made)
+    if (made.__module__ or '').split('.')[0] in _NOT_OWN: return None
+    try: path = os.path.abspath(inspect.getsourcefile(made) or '')
+    except (TypeError, OSError): return None
+    return path if os.path.isfile(path) else None
+
+
 # %% ../nbs/19b_summary.ipynb #c3838c07
 def run_command(
     run:Run, # any run
@@ -112,16 +135,36 @@ def run_command(
     "The shell command that trains `run` again"
     r,env = run.recipe,run.env
     base = (RECIPES | PUBLISHED_RECIPES).get(r.name)
-    changed = changed_settings(r)
+    idle = without_effect(r).keys() - {'schedule', 'steps'}  # the shell refuses what does nothing
+    changed = {k: v for k,v in changed_settings(r).items() if k not in idle}
     toml = '' if base else ''.join(f'{k} = {json.dumps(v, ensure_ascii=False)}\n' for k,v in asdict(r).items()
-                                   if v is not None)
+                                   if v is not None and k not in idle)
     n = env.get('processes', 1)
     launch = ['torchrun', '--standalone', '--nproc-per-node', n, '-m', 'cifar_cam'] if n > 1 else ['cifar-cam']
     words = [*launch, 'train', r.name if base else f'{r.name}.toml', '--data', env['data'], '--seed', env['seed'],
              '--device', env['device']]
     for k,v in changed.items(): words += [f'--{k}', v] if k in ('epochs', 'bs') else ['--set', f'{k}={v}']
     if env.get('decisions_checksum'): words += ['--labels', run.path/'decisions.csv']
+    for f in own_modules(r): words += ['--module', f]
     return shlex.join(map(str, words + ['--published-protocol']*env['published_protocol'])),toml
+
+# %% ../nbs/19b_summary.ipynb #19bdecc1
+def told_decisions(
+    env:dict, # of a run
+) -> str: # None where there were none
+    "Which decisions about labels a run was trained with: the name of their table and the beginning of its checksum"
+    known = env.get('decisions_checksum')
+    return f"{Path(env.get('decisions') or 'decisions.csv').name} ({known[:8]})" if known else None
+
+def differing_settings(
+    runs:list, # two or more runs
+) -> dict: # setting → its value in each run
+    "The settings, the data and the versions in which runs differ; empty if one repeats the other"
+    names = 'data', 'seed', 'device', 'published_protocol', 'torch', 'cifar_cam'
+    each = [dict(asdict(o.recipe), **{k: o.env.get(k) for k in names}, processes=o.env.get('processes', 1),
+                 images=o.env['data_checksum'][:8], decisions=told_decisions(o.env)) for o in runs]
+    return {k: [e[k] for e in each] for k in each[0] if len({str(e[k]) for e in each}) > 1}
+
 
 # %% ../nbs/19b_summary.ipynb #dd787372
 def paired_difference(

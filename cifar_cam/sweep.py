@@ -7,7 +7,7 @@ __all__ = ['sweep_trials', 'best_recipe', 'recipe_toml', 'sweep_figures', 'write
            'join_sweep', 'sweep_command']
 
 # %% ../nbs/26_sweep.ipynb #1365770e
-import json, shlex
+import json, os, shlex
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +19,10 @@ from fastcore.script import store_true
 from matplotlib.ticker import MaxNLocator
 
 from .core import InputError, save_atomically
-from .recipe import RECIPES, Recipe, change_recipe, chooses
+from .recipe import RECIPES, Recipe, change_recipe, chooses, without_effect
 from .parallel import from_all, from_first, join_processes, leave_processes, one_process
 from .run import folder_for, read_lrs
+from .summary import own_modules
 from .page import write_page
 from .space import quiet_optuna
 from .search import Sweep, begin_sweep, work_on_sweep
@@ -55,12 +56,13 @@ def best_recipe(
     "The recipe of the best trial, to be trained on everything. Raises InputError where no trial is finished"
     done = [t for t in sweep.all_trials() if t.state.name=='COMPLETE']
     if not done:
-        raise InputError(f'{sweep.path}: no trial was finished; `{_resume_command(sweep.path)}` goes on')
+        raise InputError(f'{sweep.path}: no trial was finished; `{_resume_command(sweep)}` goes on')
     best = max(done, key=lambda t: (t.value, -t.number))
     r = change_recipe(sweep.recipe, **best.params)
     folder = sweep.path/best.user_attrs['folder']
     if (folder/'lrs.json').exists():
         found = dict(zip(('lr_min', 'lr'), read_lrs(folder/'lrs.json')))
+        if r.schedule!='triangle': found.pop('lr_min')  # the finder says one; no other schedule has it
         r = change_recipe(r, **{k: v for k,v in found.items() if getattr(r, k)=='find' and isinstance(v, float)})
     return change_recipe(r, name=f'{r.name}-best'[:60], published=None, published_as='')
 
@@ -68,12 +70,15 @@ def best_recipe(
 def recipe_toml(
     r:Recipe, # any recipe
     base:str=None, # the built-in recipe that it was made from: only what differs is written
+    modules:list=(), # Python files that the shell runs first, such as one that defines the network
 ) -> str:
-    "A recipe as the text of a TOML file that `find_recipe` reads"
+    "A recipe as the text of a TOML file that `find_recipe` reads. Settings without effect are left out"
     base = RECIPES.get(base)
     lines = [f'base = {json.dumps(base.name)}'] if base else []
+    if modules: lines.append(f'module = {json.dumps(list(map(str, modules)), ensure_ascii=False)}')
+    idle = without_effect(r).keys() - {'schedule', 'steps'}
     for k,v in asdict(r).items():
-        told = v is not None and k not in ('published', 'published_as')
+        told = v is not None and k not in ('published', 'published_as', *idle)
         if told and (base is None or k=='name' or v != getattr(base, k)):
             lines.append(f'{k} = {json.dumps(v, ensure_ascii=False)}')
     return '\n'.join(lines) + '\n'
@@ -111,7 +116,7 @@ def write_sweep(
     r = best_recipe(sweep)
     table = sweep_trials(sweep)
     path = sweep.path
-    toml = recipe_toml(r, sweep.recipe.name)
+    toml = recipe_toml(r, sweep.recipe.name, _files_of(sweep, r))
     save_atomically(lambda f: table.to_csv(f, index=False), path/'trials.csv')
     save_atomically(lambda f: f.write_text(toml, encoding='utf-8'), path/'best.toml')
     held = f' It still holds images out, to choose {" and ".join(chooses(r))}.' if chooses(r) else ''
@@ -137,7 +142,15 @@ def best_command(
     words = 'cifar-cam', 'train', sweep.path/'best.toml', '--data', sweep.plan['data'], '--seed', sweep.plan['seed']
     return shlex.join(map(str, words))
 
-def _resume_command(path): return f'cifar-cam sweep --resume {shlex.quote(str(path))}'
+def _files_of(sweep, *recipes):
+    "The Python files that the command line has to run first"
+    files = [*sweep.plan.get('modules', ()), *(f for r in recipes for f in own_modules(r))]
+    return list(dict.fromkeys(map(os.path.abspath, files)))
+
+def _resume_command(sweep):
+    words = ['cifar-cam', 'sweep', '--resume', sweep.path]
+    for f in _files_of(sweep): words += ['--module', f]
+    return shlex.join(map(str, words))
 
 # %% ../nbs/26_sweep.ipynb #c5a1664f
 def sweep_recipe(
@@ -175,7 +188,7 @@ def join_sweep(
             with one_process():
                 write_sweep(sweep)
     except KeyboardInterrupt as e:
-        raise type(e)(f'go on with `{_resume_command(path)}`') from None
+        raise type(e)(f'go on with `{_resume_command(sweep)}`') from None
     return sweep
 
 # %% ../nbs/26_sweep.ipynb #17397141

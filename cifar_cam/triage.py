@@ -71,7 +71,7 @@ def ambiguity_scores(
 # %% ../nbs/17_triage.ipynb #17verd01
 VERDICTS = dict(
     label=('Over all views, the networks (and the neighbours, if they were asked) find another class far likelier than '
-           'the label: a label score of 0.98 or more, or one of the 50 highest.',
+           'the label: a label score of 0.98 or more, or one of the 50 highest above 0.5.',
            'Networks that were trained on the same images share their mistakes, and what all of them take for another '
            'thing is here too. Look at it before you change it.'),
     ambiguous=('What is said of the image is spread over several classes, whatever its label.',
@@ -92,7 +92,7 @@ def verdicts(
     copies:np.ndarray=None, # N booleans; None: not looked for
     sure:float=.98, # label score from which the label is blamed; set by judgement
     torn:float=.4, # ambiguity score from which an image is ambiguous
-    first:int=50, # at least so many are blamed, if the network makes as many mistakes
+    first:int=50, # so many are blamed, if the network makes as many mistakes and their score is above 0.5
 ) -> np.ndarray: # N words, '' for an image that is not doubtful
     "One of `VERDICTS` for each image. Where several fit, the first of: label, copy, ambiguous, shared, network"
     targs = evidence[0].targs
@@ -100,7 +100,9 @@ def verdicts(
     wrong = preds[0] != targs
     shared = wrong & (2*(preds == preds[0]).sum(0) > len(preds)) & (len(preds) > 1)
     label = doubt >= sure
-    if wrong.sum() >= first: label[np.argsort(-doubt, kind='stable')[:first]] = True
+    if wrong.sum() >= first:
+        top = np.argsort(-doubt, kind='stable')[:first]
+        label[top[doubt[top] > .5]] = True  # below that the networks together believe the label
     copies = np.zeros(len(targs), bool) if copies is None else copies
     cases = dict(label=label, copy=copies, ambiguous=spread >= torn, shared=shared, network=wrong)
     return np.select([*cases.values()], [*cases], default='')

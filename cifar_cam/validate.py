@@ -111,13 +111,13 @@ def validate_run(
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
     force:bool=False, # write over a validation that is there
 ) -> Path: # of the folder
-    "Metrics, confusion matrix and report of `run` on another labelled set of its classes, beside its own numbers"
+    """Metrics, confusion matrix and report of `run` on another labelled set of its classes, beside its own numbers.
+    Raises InputError for a set that cannot be used, and for a folder that holds anything but a validation"""
     if run is None and out is None:
         raise InputError('the network that comes with the package has no folder of yours: name one by --out')
     run = finished_run(run)
     out = Path(out) if out else run.path/'validation'/_set_name(data)
-    if (out/'metrics.json').exists() and not force:
-        raise InputError(f'{out}: holds a validation; name another folder, or pass --force')
+    _check_out(out, force)
     items = labelled_images(data, column, label)
     learn = cifar_learner(labelled_dls(items, run, device=device), run.model)
     numbers = _both_numbers(run, data, items, evaluate_learner(learn, learn.dls.valid, run.recipe.tta))
@@ -125,6 +125,19 @@ def validate_run(
     with folder_for(out):
         _write_validation(run, interp, numbers, out)
     return out
+
+_WRITTEN = {'metrics.json', 'report.html', 'figures', 'classes.png', 'confusion_matrix.png', 'misclassified.png'}
+
+def _check_out(out, force):
+    "A validation, whole or begun, is written over if that is asked for; a folder of anything else never is"
+    if out.is_file():
+        raise InputError(f'{out}: is a file; name a folder')
+    for f in (out, out/'figures'):
+        other = next((o for o in sorted(f.glob('*')) if o.name not in _WRITTEN and not o.name.startswith('.')), None)
+        if other:
+            raise InputError(f'{out}: holds {other.name}, so it is no folder of a validation; name another one')
+    if (out/'metrics.json').exists() and not force:
+        raise InputError(f'{out}: holds a validation; name another folder, or pass --force')
 
 def _set_name(data):
     path = Path(data)

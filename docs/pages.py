@@ -189,7 +189,8 @@ def gather():
     filled = dict(survives=survives, all=', '.join(f'`{m}`' for m in starred), recipes=sections, settings=settings, records=details, notebooks=reading, modules=listed.replace('](api/', ']('),
                   experiments=_toctree('', [doc(p) for p in notebooks if p.startswith('nbs/experiments/')]).replace(':caption: \n', ''))
     for f in sorted((ROOT/'docs').glob('*.md')):
-        text = outputs(relink(f.read_text(), f'docs/{f.name}'), notebooks, pictures)
+        source = re.sub('<!-- github -->.*?<!-- /github -->\n*', '', f.read_text(), flags=re.S)  # says that this page is not the site's
+        text = outputs(relink(source, f'docs/{f.name}'), notebooks, pictures)
         out[f.name if f.name!='api.md' else 'api/index.md'] = re.sub(r'<!-- (\w+) -->', lambda m: filled.get(m[1], m[0]), text).encode()
     for f in (ROOT/'docs'/'images').iterdir(): out[f'images/{f.name}'] = f.read_bytes()
     return out | pictures | copies

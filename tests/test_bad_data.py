@@ -1,6 +1,6 @@
 """Broken, odd or hostile files, and full disks: what can be read is read the same way everywhere, the rest is named in
 one line, and what was whole stays whole"""
-import io, os, random, shutil, tarfile, zlib
+import io, os, random, shutil, subprocess, sys, tarfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from cifar_cam.shapes import shapes_path
 import cifar_cam.learner as train
 from cifar_cam.core import save_atomically
 
+ROOT = Path(__file__).parents[1]
 WITH = dict(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, database=None, derandomize=True)
 
 
@@ -116,6 +117,99 @@ def test_what_systems_leave_in_folders_is_not_an_image(data):
         d.mkdir(parents=True)
         (d/'x.png').write_bytes(b'no image')
     assert image_files(data)==before and data_path(data)==data and len(cifar_dls(data, bs=10).vocab)==10
+
+
+def test_which_files_are_images_does_not_depend_on_the_machine(few, tmp_path):
+    "A folder is the same data set on a machine without a table of file types, where Python knows few suffixes"
+    suffixes = 'webp JPG jfif mpo jp2 tga bmp avif'.split()
+    for i,f in enumerate(image_files(few)):
+        to = tmp_path/'data'/f.relative_to(few).with_suffix(f'.{suffixes[i % 8]}')
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f, to)
+    here = [str(f) for f in image_files(tmp_path/'data')]
+    code = f"""import mimetypes
+mimetypes.knownfiles = []
+mimetypes.init([])
+for table in mimetypes.types_map, mimetypes.common_types: table.pop('.webp', None)
+from cifar_cam.images import image_files, Path
+print(*image_files(Path({str(tmp_path/'data')!r})), sep='\\n')"""
+    there = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert there.stdout.splitlines() == here and len(here) == 120, there.stderr
+
+
+@pytest.mark.parametrize('parts', [('train', 'test'), ('',)])
+def test_a_class_whose_files_do_not_end_like_images_is_named(few, tmp_path, parts):
+    "A class whose files all have an unknown suffix is named, with one of them; it is not left out without a word"
+    root = tmp_path/'data'
+    for part in parts: shutil.copytree(few/'train', root/part, dirs_exist_ok=True)
+    for f in (root/parts[-1]/'star').iterdir(): f.rename(f.with_suffix('.image'))
+    with pytest.raises(InputError, match=r"star: no images in this class: star_\d+.image does not end like one"): cifar_dls(root, bs=8)
+    for f in root.rglob('*.png'): f.rename(f.with_suffix(''))
+    with pytest.raises(InputError, match=r"(arrow/|arrow: no images in this class: )arrow_\d+ does not end like"): cifar_dls(root, bs=8)
+
+
+KINDS = dict(mpo=('RGB', 'MPO', dict(save_all=True, append_images=[Image.new('RGB', (48, 40))])), jp2=('RGB', 'JPEG2000', {}), jpeg=('RGB', 'JPEG', {}), webp=('RGB', 'WEBP', {}),
+             tiff=('RGB', 'TIFF', {}), gif=('P', 'GIF', {}), tga=('RGB', 'TGA', {}), ppm=('RGB', 'PPM', {}), ico=('RGB', 'ICO', {}), pcx=('RGB', 'PCX', {}))
+
+def rows_of(root, raw, name='x.jpg'):
+    pq = pytest.importorskip('pyarrow.parquet')
+    import pyarrow as pa
+    images = [picture()]*6 + [raw]*2
+    root.mkdir()
+    pq.write_table(pa.table(dict(image=[dict(bytes=b, path=name) for b in images], label=['cat', 'dog']*4)), root/'train.parquet')
+    return root
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_row_of_a_parquet_file_is_an_image_of_the_set(tmp_path, kind):
+    "No row of a parquet file is lost, whatever the format of its image: a phone's MPO and JPEG 2000 too"
+    mode,pillow,options = KINDS[kind]
+    raw = picture(mode, pillow, **options)
+    dls = cifar_dls(rows_of(tmp_path/'p', raw), bs=2)
+    items = [f for dl in dls.loaders for f in dl.items]
+    assert len(items) == len(set(items)) == 8 and sum(f.read_bytes() == raw for f in items) == 2
+
+
+def test_a_row_that_cannot_be_kept_as_a_file_is_named(tmp_path, monkeypatch):
+    "A parquet row whose image format has no known suffix is an error, and so is a set that would lose images on disk"
+    f = io.BytesIO()
+    Image.new('F', (40, 40)).save(f, 'SPIDER')
+    with pytest.raises(InputError, match='row 6: holds an image of the kind SPIDER'): data_path(rows_of(tmp_path/'a', f.getvalue()))
+    monkeypatch.setattr('cifar_cam.batches.image_counts', lambda part: dict(cat=4, dog=3))
+    with pytest.raises(InputError, match='has 8 images, but as files in class folders they are 7'): data_path(rows_of(tmp_path/'b', picture('RGB', 'BMP')))
+
+
+def decided(root, tmp_path, text, encoding='utf-8'):
+    (tmp_path/'d.csv').write_text(text, encoding=encoding)
+    return len(cifar_dls(root, bs=8, decisions=tmp_path/'d.csv', device='cpu').train_ds)
+
+def test_two_decisions_about_one_image_must_agree(few, tmp_path):
+    "Two rows of a decisions table that contradict each other are an error with both lines; equal ones are one decision"
+    name = 'train/star/star_0001.png'
+    for a,b in ('drop,', 'relabel,moon'), ('keep,', 'drop,'), ('relabel,moon', 'relabel,ring'), ('relabel,moon', 'keep,'):
+        with pytest.raises(InputError, match=rf'd.csv: lines 2 and 4 .*{name}'): decided(few, tmp_path, f'file,decision,label\n{name},{a}\n\n{name},{b}\n')
+    assert decided(few, tmp_path, f'file,decision,label\n{name},drop,\n{name},drop,moon\n') == 99
+
+
+def test_decisions_are_read_as_spreadsheets_save_them(few, tmp_path):
+    "A decisions table may have semicolons, tabs or a byte-order mark; without its header, the error names the column that is missing"
+    rows = [['file', 'decision', 'label'], ['train/star/star_0001.png', 'drop', ''], ['train/star/star_0002.png', 'relabel', 'moon']]
+    for sep in ',;\t':
+        for encoding in 'utf-8', 'utf-8-sig': assert decided(few, tmp_path, '\r\n'.join(map(sep.join, rows)), encoding) == 99
+    with pytest.raises(InputError, match="d.csv: has no column 'file'.*first line must be file,decision,label"): decided(few, tmp_path, '\n'.join(map(','.join, rows[1:])))
+    for text,words in ('a line\n', 'no table of decisions'), ('', 'no table of decisions'), ('file;label\na;b\n', "no column 'decision'"):
+        with pytest.raises(InputError, match=words): decided(few, tmp_path, text)
+    with pytest.raises(InputError, match='decisions='): cifar_dls(few, bs=8, decisions=pd.DataFrame(dict(file=['x'])))
+
+
+ARGUMENTS = [('data', None), ('data', ['few']), ('data', 3), ('data', b'few'), ('bs', '8'), ('bs', 8.), ('bs', None), ('bs', True), ('hold_out', '0.2'), ('hold_out', [.2]), ('valid_pct', '0.2'),
+             ('size', (3, 32, 32)), ('size', (64,)), ('size', '64'), ('size', 64.), ('size', None), ('seed', '1'), ('labels', None)]
+
+@pytest.mark.parametrize('name, value', ARGUMENTS)
+def test_a_wrong_argument_of_the_loaders_is_named(few, name, value):
+    "An argument of `cifar_dls` of the wrong kind, such as text for a number, is one line with its name and value"
+    args = dict(data=few, bs=8) | {name: value}
+    with pytest.raises(InputError, match=rf'^{name}[ =]') as e: cifar_dls(args.pop('data'), **args)
+    assert str(value).strip('"b[]\'') in str(e.value)
 
 
 def test_only_images_in_class_folders_count_and_none_moves_to_another_set(data):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.vision.all import nn
+from PIL import Image
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from cifar_cam.augment import Cutout
@@ -19,13 +20,16 @@ from cifar_cam.loaders import cifar_dls
 from cifar_cam.photo import explain_image
 from cifar_cam.recipe import find_recipe, Recipe
 from cifar_cam.run import load_run, new_run_folder
-from cifar_cam.experiment import run_recipe, run_seeds
+from cifar_cam.experiment import run_or_resume, run_recipe, run_seeds
+from cifar_cam.cam import cam_maps
+from cifar_cam.interpret import CamInterpretation
 from cifar_cam.summary import run_command
 from cifar_cam.schedule import Plateau
 from cifar_cam.core import writing
 from cifar_cam.shapes import load_mask, shapes_path
 from cifar_cam.core import save_atomically
 from cifar_cam.learner import cifar_learner
+from cifar_cam.models import MODELS
 
 LONG = 'x'*300
 NAN = float('nan')
@@ -169,7 +173,7 @@ def test_a_finished_run_of_a_machine_with_a_gpu_can_be_looked_at_but_not_gone_on
 
 # --- numbers and names in Python
 
-@pytest.mark.parametrize('fields', [dict(epochs=2.5), dict(epochs=True), dict(epochs='3'), dict(bs=None), dict(bs=np.int64(8)), dict(lr=None), dict(lr=[.1]), dict(keep_best='no'), dict(keep_best=1),
+@pytest.mark.parametrize('fields', [dict(epochs=2.5), dict(epochs=True), dict(epochs='3'), dict(bs=None), dict(bs=np.array([8])), dict(lr=None), dict(lr=[.1]), dict(keep_best='no'), dict(keep_best=1),
     dict(name=3), dict(name='a\x1bb'), dict(name='a\nb'), dict(norm=['batch']), dict(arch=None), dict(published='much'), dict(epochs=10**400), dict(wd=NAN), dict(label_smoothing=1), dict(size=10**9)])
 def test_a_recipe_has_values_of_its_fields_types(fields):
     "`Recipe` refuses a value of the wrong type or out of range, and the error names the field"
@@ -282,3 +286,88 @@ def test_a_reader_that_goes_away_is_no_fault(monkeypatch, capfd):
     monkeypatch.setattr('cifar_cam.cli.recipe_table', lambda: pd.DataFrame(dict(recipe=['x'])))
     monkeypatch.setattr('sys.stdout', os.fdopen(write, 'w'))
     assert main(['recipes'])==1 and capfd.readouterr().err==''
+
+
+@pytest.mark.parametrize('there', ['other runs', 'a file of mine', 'a hidden file', 'nothing'])
+def test_run_or_resume_removes_nothing_but_what_it_made(few, narrow, monkeypatch, tmp_path, there):
+    "`run_or_resume` refuses a folder that holds something else, and removes no file that it did not make"
+    monkeypatch.setitem(MODELS, 'davidnet', narrow)
+    path = tmp_path/'runs'
+    if there!='nothing': path.mkdir()
+    if there=='other runs': (path/'davidnet-1').mkdir()
+    if there=='a file of mine': (path/'thesis.txt').write_text('mine')
+    if there=='a hidden file': (path/'.DS_Store').write_text('of the system')
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match='is no run' if there in ('other runs', 'a file of mine') else 'bs=5000'):
+        run_or_resume('davidnet', few, path, epochs=1, bs=5000, lr=.1, lr_min=.01)
+    assert tree(tmp_path)==before
+
+
+def test_run_or_resume_says_that_a_run_chose_by_other_images(few, narrow, monkeypatch, tmp_path):
+    "`run_or_resume` refuses a run that chose its best epoch by other images than you ask for now"
+    monkeypatch.setitem(MODELS, 'davidnet', narrow)
+    asked = dict(epochs=1, bs=20, lr=.1, lr_min=.01, keep_best=True, hold_out=.2)
+    run = run_or_resume('davidnet', few, tmp_path/'run', **asked)
+    with pytest.raises(InputError, match='chose by held-out images'): run_or_resume('davidnet', few, tmp_path/'run', published_protocol=True, **asked)
+    assert run_or_resume('davidnet', few, tmp_path/'run', **asked).metrics==run.metrics
+
+
+LEARNERS = {'a frozen network': (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).requires_grad_(False), {}, 'frozen'),
+            'float16': (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).half(), {}, 'float()'),
+            'float64': (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).double(), {}, 'float()'),
+            'two outputs': (lambda: Two(), {}, 'tuple'),
+            'label_smoothing': (lambda: nn.Flatten(), dict(label_smoothing=2), 'label_smoothing=2'),
+            'negative label_smoothing': (lambda: nn.Flatten(), dict(label_smoothing=-.5), 'label_smoothing=-0.5')}
+
+class Two(nn.Module):
+    "A network that returns its features too"
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3072, 10)
+    def forward(self, x): return self.fc(x.flatten(1)),x
+
+@pytest.mark.parametrize('case', LEARNERS)
+def test_a_network_that_cannot_be_trained_is_named(few, tmp_path, case):
+    "`cifar_learner` and its `fit` say in one line why a network cannot be trained"
+    make,kwargs,word = LEARNERS[case]
+    with pytest.raises(InputError) as e: cifar_learner(cifar_dls(few, bs=20), make(), path=tmp_path, **kwargs).fit(1, .01)
+    assert word in str(e.value)
+
+
+MAPS = {'an index that is no whole number': (lambda o: o.indices([1.7]), 'whole numbers'),
+        'a place that is not there': (lambda o: o.plot_top_losses([10**6]), 'out of range'), 'a place before the first': (lambda o: o.plot_top_losses([-1]), 'out of range'),
+        'no classes': (lambda o: o.plot_per_class_accuracy(classes=[]), 'at least one class'), 'no layers': (lambda o: cam_maps(o.learn.model, torch.zeros(1, 3, 32, 32), layer=[]), 'at least one layer'),
+        'a number for a layer': (lambda o: cam_maps(o.learn.model, torch.zeros(1, 3, 32, 32), layer=3), 'no layer'), 'a loader that is not there': (lambda o: CamInterpretation.from_learner(o.learn, 9), 'ds_idx=9'),
+        'a folder that is not there': (lambda o: o.save_maps('/nonexistent/x.npz', which='top_losses', k=2), '/nonexistent'),
+        'no deviation': (lambda o: explain_image(o.learn, np_image(), stats=([.5]*3, [.2, 0, .2])), 'above 0'),
+        'a class named twice': (lambda o: explain_image(o.learn, np_image(), vocab=['a']*10), "'a' twice")}
+
+def np_image(): return Image.fromarray(np.full((40, 40, 3), 99, np.uint8))
+
+@pytest.mark.parametrize('case', MAPS)
+def test_what_cannot_be_shown_is_said_in_one_line(run, case):
+    "Galleries, maps and explanations say in one line which argument is wrong"
+    call,word = MAPS[case]
+    with pytest.raises(InputError) as e: call(load_run(run).interp)
+    assert word in str(e.value) and str(e.value).isprintable()
+
+
+def test_the_side_of_the_training_images_is_enough(run):
+    "`explain_image` takes the side of the images in place of height and width"
+    learn = load_run(run).learn
+    known = dict(vocab=learn.dls.vocab, stats=([.5]*3, [.2]*3))
+    one,two = (explain_image(learn.model, np_image(), size=size, **known)[1] for size in (32, (32, 32)))
+    assert one==two
+
+
+def test_maps_are_saved_whole_or_not_at_all(run, tmp_path, monkeypatch):
+    "If the disk is full, `save_maps` keeps the maps that were there"
+    interp = load_run(run).interp
+    path = interp.save_maps(tmp_path/'m.npz', 2, 'top_losses')
+    kept = path.read_bytes()
+    def full(f, **arrays):
+        f.write(b'half')
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(np, 'savez_compressed', full)
+    with pytest.raises(InputError): interp.save_maps(path, 3, 'top_losses')
+    assert path.read_bytes()==kept and len([*tmp_path.glob('*.npz')])==1

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from torch import nn
 
 from cifar_cam import crossfit as X
 from cifar_cam.cli import main
@@ -79,7 +80,7 @@ def test_a_fold_that_fails_says_which_and_keeps_the_others(colours, quick, tmp_p
         if (next(tmp_path.glob('davidnet*'))/'fold-0.npz').exists(): raise InputError('the loss is nan in epoch 0, step 3: try a lower one')
         real(learn, r, lrs)
     monkeypatch.setattr(X, 'fit_recipe', fails)
-    with pytest.raises(InputError, match=r'fold 2 of 2: the loss is nan.*--resume') as e: crossfit('davidnet', colours, 2, tmp_path, **QUICK)
+    with pytest.raises(InputError, match=r'fold 2 of 2: the loss is nan.*--resume .* --module .*conftest.py') as e: crossfit('davidnet', colours, 2, tmp_path, **QUICK)
     assert '\n' not in str(e.value)
     path = next(tmp_path.glob('davidnet*'))
     assert {f.name for f in path.iterdir()} >= {'crossfit.json', 'fold-0.npz', 'test-0.npz'} and not (path/'triage.csv').exists()
@@ -170,6 +171,86 @@ def test_folds_of_a_table_are_those_of_its_column(colours, tmp_path):
     pd.DataFrame(rows, columns=['file', 'label', 'split']).to_csv(tmp_path/'table.csv', index=False)
     dls = fold_dls(find_recipe('davidnet', bs=10), tmp_path/'table.csv', 2, 0)
     assert [len(dl.dataset) for dl in dls.loaders] == [80, 80, 40]
+
+
+@pytest.mark.parametrize('named', ['below the table', 'beside the folder of the table', 'in memory'])
+def test_the_shell_and_python_find_the_suspects_of_a_table(colours, quick, tmp_path, monkeypatch, capsys, named):
+    "Whatever the table names its images by; a third of the labels is wrong, so some are doubted"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(colours, 'images')
+    files = [Path(f.relative_to(colours)) for f in image_files(colours)]
+    labels = ['red' if i%3==0 else f.parent.name for i,f in enumerate(files)]
+    table = pd.DataFrame(dict(file=[str(Path('images')/f) for f in files], label=labels, split=[f.parts[0] for f in files]))
+    if named=='in memory': path = crossfit('davidnet', table, 2, 'runs', **QUICK)
+    else:
+        folder = Path('tables' if named.startswith('beside') else '.')
+        folder.mkdir(exist_ok=True)
+        table.assign(file=['../'*named.startswith('beside') + f for f in table.file]).to_csv(folder/'t.csv', index=False)
+        Path('mine.toml').write_text('base = "davidnet"\n' + ''.join(f'{k} = {v}\n' for k,v in QUICK.items()))
+        assert main(['crossfit', 'mine.toml', '--data', str(folder/'t.csv'), '--folds', '2']) == 0
+        path = Path(capsys.readouterr().out.splitlines()[-1])
+    monkeypatch.chdir(tmp_path)
+    assert main(['crossfit', '--resume', str(path)]) == 0
+    doubted = read_triage(path).query('suggested != label')
+    assert len(doubted) > 5 and (path/'suspects.html').read_text().count('data:image/png;base64,') == len(doubted)
+    decided = doubted[:3].assign(decision='relabel', label=doubted.suggested)
+    decided[['file', 'decision', 'label']].to_csv('d.csv', index=False)
+    data = json.loads((path/'crossfit.json').read_text())['data']
+    assert len(cifar_dls(data, bs=10, decisions='d.csv').train_ds) == 160
+
+
+def test_what_would_fail_after_the_first_fold_fails_before_it(colours, folded, tmp_path, monkeypatch):
+    "A network whose embedding nobody finds, and a page without images"
+    monkeypatch.setitem(MODELS, 'davidnet', lambda n_out=10, norm='batch': nn.Sequential(nn.Conv2d(3, n_out, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    monkeypatch.setattr(X, 'fit_fold', lambda *args: pytest.fail('a fold is trained'))
+    with pytest.raises(InputError, match='no linear layer'): crossfit('davidnet', colours, 2, tmp_path/'out', **QUICK)
+    with pytest.raises(InputError, match='--suspects 0'): crossfit_command('davidnet', str(colours), suspects=0)
+    with pytest.raises(InputError, match='--suspects -5'): crossfit_command(resume=str(folded), suspects=-5)
+    assert not (tmp_path/'out').exists()
+
+
+def test_the_triage_of_training_images_is_not_written_over(folded, two, quick):
+    "By that of test images, into the same folder"
+    before = files(folded)
+    for call in lambda: triage_runs([folded]), lambda: triage_runs(two, folded):
+        with pytest.raises(InputError, match='holds the triage of its training images'): call()
+    assert files(folded) == before
+
+
+def test_a_comparison_and_a_model_card_tell_of_decisions(two, quick, colours, tmp_path, monkeypatch):
+    from cifar_cam import experiment
+    from cifar_cam.report import compare_runs
+    from cifar_cam.share import model_card, ship_run
+    from cifar_cam.summary import differing_settings
+    monkeypatch.setattr(experiment, 'train_run', fit_run)
+    decided = {}
+    for name,rows in dict(a='train/blue/0.png,relabel,red\ntrain/blue/1.png,drop,\n', b='train/blue/0.png,drop,\n').items():
+        (tmp_path/name).mkdir()
+        (tmp_path/name/'d.csv').write_text('file,decision,label\n' + rows)
+        decided[name] = experiment.run_recipe('davidnet', colours, tmp_path/'runs', decisions=tmp_path/name/'d.csv', **QUICK)
+    plain = load_run(two[0])
+    for runs in [plain, decided['a']], [decided['a'], decided['b']]:
+        assert [*differing_settings(runs)] == ['decisions']
+        page = compare_runs(runs, tmp_path/'c.html').read_text()
+        assert 'None: the runs have the same recipe' not in page and 'd.csv (' in page
+    assert not differing_settings([plain, load_run(two[0])]) and 'None: the runs have the same recipe' in compare_runs([plain, plain], tmp_path/'c.html').read_text()
+    assert 'd.csv (' in write_report(decided['a']).read_text()
+    assert 'labels changed 1, images dropped 1.' in model_card(decided['a']) and 'decisions' not in model_card(plain)
+    shipped = ship_run(decided['a'], tmp_path/'shipped')
+    assert 'labels changed 1, images dropped 1.' in (shipped.path/'README.md').read_text() and len(shipped.dls.train_ds) == 159
+    (shipped.path/'decisions.csv').unlink()
+    assert 'A table of decisions changed or dropped training labels.' in model_card(shipped)
+
+
+def test_a_comparison_is_written_over_no_file_of_a_run(two, quick, tmp_path):
+    from cifar_cam.report import compare_runs
+    run = Path(shutil.copytree(two[0], tmp_path/'run'))
+    write_report(run)
+    before = files(run)
+    for name in 'recipe.json', 'history.csv', 'report.html', 'weights.safetensors':
+        with pytest.raises(InputError, match=f'{name}: is there already'): compare_runs([run, two[1]], run/name)
+    assert files(run) == before
+    for _ in range(2): compare_runs([run, two[1]], tmp_path/'c.html')
 
 
 def test_the_page_holds_the_images_and_cannot_be_broken_by_a_name(folded, colours, tmp_path):

@@ -1,4 +1,5 @@
 import gc, hashlib, io, os, shutil, subprocess, sys, tarfile, weakref
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from fastai.data.external import fastai_path
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, PILImage, RandomResizedCrop, Resize, Rotate, TensorImage, Transform
 from PIL import Image
+from sklearn.model_selection import train_test_split
 
 import cifar_cam.images as data
 from cifar_cam.augment import albumentations_augment, cifar_augment, Cutout, HorizontalFlip
@@ -14,8 +16,9 @@ from cifar_cam.cli import main
 from cifar_cam.core import InputError
 from cifar_cam.formats import unpack_images
 from cifar_cam.images import check_cifar, CIFAR10, cifar_path, data_checksum, data_path, hold_out_splitter, image_files
-from cifar_cam.loaders import cached_images, cifar_dls, _looked_up, MemoryDL
+from cifar_cam.loaders import cached_images, cifar_dls, _looked_up, loader_norm, MemoryDL
 from cifar_cam.shapes import shapes_path
+from cifar_cam.tables import split_off
 
 
 def fake_cifar(root, train=50, test=10):
@@ -214,6 +217,71 @@ def test_hold_out_is_stratified_seeded_and_disjoint(shapes):
     assert len(hold_out_splitter(0.1)(items)[1]) == 30
     for bad in 5, 295, 300, 1.5: 
         with pytest.raises(InputError, match='hold_out'): hold_out_splitter(bad)(items)
+
+
+def counted(root, parts=('',), **classes):
+    "Class folders with a number of images each"
+    for p in parts:
+        for c,n in classes.items():
+            (root/p/c).mkdir(parents=True)
+            for i in range(n): Image.new('RGB', (32, 32), (i, 9*len(c), 0)).save(root/p/c/f'{i}.png')
+    return root
+
+def classes_of(dls): return [Counter(dls.vocab[int(y)] for y in dl.targets) for dl in dls.loaders]
+
+def test_a_rare_class_has_an_image_in_each_part(tmp_path):
+    root = counted(tmp_path/'parts', ('train', 'test'), cat=60, dog=60, rare=2)
+    for seed in range(3):
+        train,held,test = classes_of(cifar_dls(root, bs=8, hold_out=.1, seed=seed))
+        assert train['rare'] == held['rare'] == 1 and test['rare'] == 2 and sum(held.values()) == 12 and sum(train.values()) == 110
+        assert min(held['cat'], held['dog']) >= 5
+        assert cifar_dls(root, bs=8, hold_out=.1, seed=seed).loaders[1].items == cifar_dls(root, bs=8, hold_out=.1, seed=seed).loaders[1].items
+        train,held,_ = classes_of(cifar_dls(root, bs=8, hold_out=.9, seed=seed))
+        assert train['rare'] == held['rare'] == 1 and sum(held.values()) == 110
+    train,test = classes_of(cifar_dls(root/'train', bs=8))
+    assert train['rare'] == test['rare'] == 1 and sum(test.values()) == 24
+    with pytest.raises(InputError, match='rare: one image alone'): cifar_dls(root/'train', bs=8, hold_out=.1)   # three parts of two images
+
+@pytest.mark.parametrize('counts', [{'a': 10, 'b': 10}, {'a': 60, 'b': 60, 'c': 2}, {'a': 2, 'b': 2, 'c': 2, 'd': 50}, {'a': 3, 'b': 500}])
+def test_every_class_is_in_both_parts_and_what_sklearn_chose_is_kept(counts):
+    labels = [c for c,n in counts.items() for _ in range(n)]
+    at = range(100, 100 + len(labels))
+    for n in {len(counts), len(labels)//10, len(labels)//2, len(labels) - len(counts)}:
+        if n < len(counts): continue
+        for seed in range(5):
+            rest,held = split_off([*at], labels, n, seed, 'n')
+            assert len(held) == n and sorted(rest + held) == [*at] and rest == sorted(rest) and held == sorted(held)
+            assert all({labels[i - 100] for i in part} == set(counts) for part in (rest, held))
+            known = [sorted(o) for o in train_test_split([*at], test_size=n, stratify=labels, random_state=seed)]
+            if all({labels[i - 100] for i in part} == set(counts) for part in known): assert [rest, held] == known
+
+def test_the_images_held_out_of_cifar_are_those_they_have_always_been():
+    labels = [c for c in CIFAR10 for _ in range(5000)]
+    for n,seed,known in (5000, 0, '6a56208038d0'), (1000, 7, '5bd4c4e5811b'):
+        _,held = split_off([*range(50_000)], labels, n, seed, 'n')
+        assert hashlib.sha256(repr(held).encode()).hexdigest()[:12] == known
+
+def test_cifars_class_names_alone_are_no_cifar(tmp_path, monkeypatch):
+    root = counted(tmp_path, ('train', 'test'), **{c: 4 for c in CIFAR10})
+    measured = data.stats_of(sorted((root/'train').glob('*/*')))
+    assert data.image_stats(root) == measured and loader_norm(cifar_dls(root, bs=8)).mean.flatten().tolist() == pytest.approx(measured[0])
+    whole = [c for c in CIFAR10 for _ in range(6000)]
+    for colours,is_cifar in ((data.cifar_stats, True), (([.49, .48, .44], [.24, .24, .26]), True), (([.48]*3, [.24]*3), False), (measured, False)):
+        monkeypatch.setattr(data, 'stats_of', lambda *_, **__: colours)
+        assert data.is_cifar10([], whole) is is_cifar and data.is_cifar10([], [c for c in CIFAR10 for _ in range(5000)]) is is_cifar
+    monkeypatch.setattr(data, 'stats_of', lambda *_, **__: data.cifar_stats)
+    assert not data.is_cifar10([], whole[1:]) and not data.is_cifar10([], [c for c in CIFAR10 for _ in range(9000)])
+    assert not data.is_cifar10([], [c.upper() for c in whole])
+
+def test_the_real_set_has_its_known_mean(cifar10):
+    assert data.image_stats(cifar10) == data.image_stats(cifar10/'train') == data.cifar_stats != data.image_stats(cifar10/'test')
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    root = counted(tmp_path, ('train', 'test'), cat=10, dog=10)
+    dls = cifar_dls(root, bs=np.int64(4), size=np.int64(40), hold_out=np.float32(.2), seed=np.int64(1))
+    assert dls.one_batch()[0].shape == (4, 3, 40, 40) and [len(dl.dataset) for dl in dls.loaders] == [16, 4, 20]
+    assert cifar_dls(root, bs=4, size=(np.int64(40), 48), in_memory=False, num_workers=0).one_batch()[0].shape[2:] == (40, 48)
+    assert cached_images(root, np.int64(40)).shape[2:] == (40, 40)
 
 
 def test_both_kinds_of_loaders_agree_on_images_they_do_not_change(shapes):

@@ -12,7 +12,7 @@ from cifar_cam import export
 from cifar_cam.core import InputError
 from cifar_cam.export import check_images, compare_logits, export_command, export_metadata, export_onnx, export_torch, exported_logits
 from cifar_cam.predict import PixelNetwork
-from cifar_cam.recipe import find_recipe
+from cifar_cam.recipe import change_recipe, find_recipe
 from cifar_cam.models import MODELS, build_model
 from cifar_cam.run import load_run
 
@@ -67,6 +67,20 @@ def test_torch_export(run, input):
     for n in 1, 5:
         with torch.no_grad(): assert torch.allclose(program(x[:n] if input=='uint8' else x[:n]/255), PixelNetwork(o)(x[:n]), atol=1e-4)
     assert json.loads(extra['metadata.json'])==export_metadata(o, input)
+
+
+@pytest.mark.parametrize('loader', ['files', 'main memory', 'own parts'])
+def test_images_of_any_loader_are_checked(run, few, loader, request):
+    "albumentations opens files one at a time; what stays in the main memory, and held-out images, are as good"
+    o = load_run(run)
+    expected = check_images(load_run(run))
+    if loader == 'main memory': o.dls[-1].memory.stays = True
+    else: o.recipe = change_recipe(o.recipe, **dict(augment='albumentations') if loader == 'files' else dict(keep_best=True))
+    assert all(map(torch.equal, check_images(o), expected)) and len(o.dls.loaders) == (3 if loader == 'own parts' else 2)
+    assert export_torch(o, 'net.pt2')[1]['accuracy'] == o.metrics['accuracy']
+    if loader == 'files':
+        request.getfixturevalue('onnx')
+        assert export_onnx(o, 'net.onnx')[1]['images'] == 20
 
 
 @pytest.mark.slow

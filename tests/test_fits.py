@@ -1,7 +1,8 @@
 """Several fits of one learner: how they continue one another, what they leave behind, and what is refused before it
 goes wrong"""
-import random
+import random, shutil
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +146,23 @@ def test_fits_of_another_length_are_refused(make, tmp_path):
     kept = (tmp_path/'c.pt').read_bytes()
     with pytest.raises(InputError, match='after 2 epochs'): script(make, tmp_path/'c.pt', [3, 2])
     assert (tmp_path/'c.pt').read_bytes() == kept
+
+
+@pytest.mark.parametrize('change', [dict(seed=5), dict(fits=[6]), dict(part='images'), dict(part='classes')])
+def test_a_checkpoint_of_another_training_is_refused_and_kept(make, few, tmp_path, change):
+    "`Checkpoint` refuses to resume a training of another seed, length, number of images or other classes"
+    script(make, tmp_path/'c.pt', [3])
+    kept = (tmp_path/'c.pt').read_bytes()
+    other,part = {k: v for k,v in change.items() if k=='seed'},change.get('part')
+    if part:
+        data = Path(shutil.copytree(few, tmp_path/'other'))
+        if part=='images': next((data/'train'/'star').iterdir()).unlink()
+        for p in ('train', 'test') if part=='classes' else (): (data/p/'star').rename(data/p/'sun')
+        other['dls'] = cifar_dls(data, cifar_augment(8), bs=20, device='cpu')
+    learn = make(cbs=Checkpoint(tmp_path/'c.pt'), opt='adam', **other)
+    before = weights(learn)
+    with pytest.raises(InputError, match='not a checkpoint of this training'): quietly(learn, lambda l: l.fit(change.get('fits', [3])[0], .01))
+    assert (tmp_path/'c.pt').read_bytes() == kept and same(before, weights(learn))
 
 
 def test_a_checkpoint_of_before_the_count_is_gone_on_with(make, tmp_path):

@@ -128,3 +128,24 @@ def test_an_assignment_has_one_subject(module):
             if not (isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Tuple) and isinstance(n.value, ast.Tuple)): continue
             kinds = {assigned_kind(v) for v in n.value.elts}
             assert len(kinds)==1, f'{module}: {ast.unparse(n)}'
+
+
+PAGES = sorted(f for f in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
+
+def shows_something(source):
+    "Does a cell end in a value, or in a call that draws?"
+    last = tree(source).body[-1:]
+    if not last or not isinstance(last[0], ast.Expr): return False
+    value = last[0].value
+    if not isinstance(value, ast.Call): return not source.rstrip().endswith(';')
+    return ast.unparse(value.func).split('.')[-1].startswith(('show', 'plot', 'picture'))
+
+@pytest.mark.parametrize('notebook', PAGES, ids=lambda p: p.stem)
+def test_what_a_cell_shows_is_in_the_notebook(notebook):
+    for c in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
+        source = ''.join(c['source'])
+        if c['cell_type']!='code' or re.search(r'^#\| *(exporti?|hide|default_exp)\b', source, re.M): continue
+        assert c['outputs'] or not shows_something(source), f"{notebook.stem}, {c['id']}: run it and keep its output"
+        for o in (o.get('data', {}) for o in c['outputs']):
+            drawn = 'Figure size' in (text := ''.join(o.get('text/plain', ''))) or '_ShownOnce size' in text
+            assert not drawn or any(k.startswith('image/') for k in o), f"{notebook.stem}, {c['id']}: a figure without its picture"

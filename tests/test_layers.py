@@ -1,5 +1,6 @@
 """The layer of any network, found without a line of glue, and its map: the same as pytorch-grad-cam's with a reshape written by hand"""
 from collections import OrderedDict, namedtuple
+from copy import deepcopy
 from dataclasses import make_dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -628,3 +629,11 @@ def test_rollout_is_that_of_matrices_caught_by_hand():
     torch.testing.assert_close(cam_maps(m, x, 'rollout', raw=True).maps, want.detach(), atol=1e-6, rtol=1e-4)
     assert torch.equal(cam_maps(m, x, 'rollout', targets=1).maps, cam_maps(m, x, 'rollout', targets=2).maps) # it does not listen
     with pytest.raises(InputError, match='no attention'): cam_maps(resnet(), torch.randn(1, 3, 96, 96), 'rollout')
+
+
+def test_a_layer_that_was_changed_in_place_is_traced_anew():
+    def block(i, o, stride): return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())
+    m = nn.Sequential(block(3, 8, 1), block(8, 16, 2), block(16, 16, 2), block(16, 16, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    before = cam_layer(m)[0]
+    m[3][0].stride = (1, 1)
+    assert (before, cam_layer(m)[0])==('2', cam_layer(deepcopy(m))[0]) and cam_maps(m, torch.randn(1, 3, 32, 32), layer='3').maps.shape[1:]==(8, 8)

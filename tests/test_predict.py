@@ -226,6 +226,79 @@ def test_wrong_input_is_one_line_and_leaves_no_table(photos, run, words, told):
     assert '\n' not in str(e.value) and not Path('predictions.csv').exists()
 
 
+def picture(path, seed=0):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.mark.parametrize('text, file', [('weight;image;note\n1;photos/a/0.png;"a, b, c, d"\n2;photos/b/1.png;\n', 't.csv'), ('n\tfile\n1\tphotos/a/0.png\n2\tphotos/b/1.png\n', 't.tsv'),
+                                        ('\ufefffile,class\nphotos/a/0.png,cat\nphotos/b/1.png,dog\n', 't.csv')])
+def test_tables_of_any_separator_are_predicted(photos, run, text, file):
+    Path(file).write_text(text, encoding='utf-8')
+    table = pd.read_csv(predict_images(file, run), keep_default_na=False)
+    assert list(table.file) == ['photos/a/0.png', 'photos/b/1.png'] and (table['class'] != '').all()
+
+
+def test_kaggles_ids_are_found_in_the_folders_beside_the_table(run):
+    "Without an ending, as its sample submission names them"
+    for i in range(4): picture(f'data/test/{i}.png', i)
+    Path('data/submission.csv').write_text('id,label\n' + ''.join(f'{i},cat\n' for i in (3, 0, 2)))
+    table = pd.read_csv(predict_images('data/submission.csv', run), dtype=str, keep_default_na=False)
+    assert list(table.file) == ['3', '0', '2'] and (table['class'] != '').all()
+    by_name = {r[0]: r[1] for r in rows(predict_images('data/test', run, 'by-name.csv'))}
+    assert [by_name[f'data/test/{i}.png'] for i in (3, 0, 2)] == list(table['class'])
+    assert rows(predict_images('data/submission.csv', run, 'kaggle.csv', kaggle=True))[1:] == [[i, by_name[f'data/test/{i}.png']] for i in '302']
+
+
+def test_a_name_in_two_folders_is_a_row_that_says_so(run):
+    for part in 'train', 'test': picture(f'data/{part}/1.png')
+    picture('data/test/2.png')
+    Path('data/t.csv').write_text('id\n1\n2\n7\n')
+    both,clear,none = rows(predict_images('data/t.csv', run))[1:]
+    assert both[0] == '1' and set(both[1:-1]) == {''} and 'could be' in both[-1] and 'data/test/1.png' in both[-1] and 'data/train/1.png' in both[-1]
+    assert clear[1] and not clear[-1] and none == ['7', *['']*6, 'no such file']
+
+
+def test_blank_lines_and_marks_of_a_list_name_no_image(photos, run):
+    Path('list.txt').write_text('\ufeff\nphotos/a/0.png\n\n  \nphotos/b/1.png\n\n', encoding='utf-8')
+    assert names('list.txt') == ['photos/a/0.png', 'photos/b/1.png']
+    Path('t.csv').write_text('file,x\nphotos/a/0.png,1\n,2\n')   # a table's row stays, and says why
+    assert [(r[0], r[-1]) for r in rows(predict_images('t.csv', run))[1:]] == [('photos/a/0.png', ''), ('', 'a row without a name')]
+
+
+@pytest.mark.parametrize('text', ['', 'file,label\n', 'file\n', '\n'])
+def test_an_empty_table_is_one_line(run, text):
+    Path('t.csv').write_text(text)
+    for call in lambda: predict_images('t.csv', run), lambda: validate_run(run, 't.csv', 'out'):
+        with pytest.raises(InputError, match='t.csv') as e: call()
+        assert '\n' not in str(e.value)
+    assert sorted(p.name for p in Path('.').iterdir()) == ['run', 't.csv']
+
+
+@pytest.mark.parametrize('words, told', [(dict(cams='made', method='nope'), 'no CAM method'), (dict(device='tpu9'), 'tpu9')])
+def test_what_is_wrong_is_said_before_a_row_is_written(photos, run, words, told):
+    with pytest.raises(InputError, match=told): predict_images(photos, run, **words)
+    assert sorted(p.name for p in Path('.').iterdir()) == ['photos', 'run']
+
+
+@pytest.mark.parametrize('out', ['run/recipe.json', 'run/weights.safetensors', 'run/history.csv', 'run/metrics.json', 'images.csv', '/dev/null'])
+def test_force_writes_over_predictions_and_nothing_else(photos, run, out):
+    Path('images.csv').write_text('name,file\n1,photos/a/0.png\n')
+    before = Path(out).read_bytes()
+    with pytest.raises(InputError, match='name another file|name a file'): predict_images('images.csv', run, out, force=True)
+    assert Path(out).read_bytes() == before and load_run(run).finished
+    for kaggle in False, True: predict_images('images.csv', run, 'o.csv', force=True, kaggle=kaggle)
+
+
+def test_a_picture_with_its_map_is_not_written_over_the_image(run):
+    "A table names images without their ending; with the folder of the images, a picture would get an image's name"
+    for i in range(3): picture(f'data/test/{i}.png', i)
+    Path('data/t.csv').write_text('id\n0\n2\n')
+    before = Path('data/test/2.png').read_bytes()
+    with pytest.raises(InputError, match='its picture of 0 would be written over that image'): predict_images('data/t.csv', run, cams='data/test', force=True)
+    assert Path('data/test/2.png').read_bytes() == before and not list(Path('.').glob('*.part')) and not Path('predictions.csv').exists()
+
+
 def test_an_unfinished_run_is_refused(photos, run):
     (run/'metrics.json').unlink()
     for f in (lambda: predict_images(photos, run), lambda: validate_run(run, 'photos')):
@@ -303,7 +376,7 @@ def test_other_classes_are_refused_and_a_missing_class_is_said(few, run, capsys)
     assert not Path('out2').exists()
 
 
-@pytest.mark.parametrize('data,told', [('nowhere', 'nowhere'), ('empty', 'no images'), ('t.csv', 'labels')])
+@pytest.mark.parametrize('data,told', [('nowhere', 'nowhere'), ('empty', 'no images'), ('t.csv', "no column 'label'")])
 def test_no_labelled_set_is_one_line(run, data, told):
     Path('empty').mkdir()
     Path('t.csv').write_text('file,x\na.png,2\n')
@@ -318,6 +391,47 @@ def test_a_validation_is_not_written_over_unless_asked(few, run, capsys):
     validate_command(str(run), str(few), Out='out', force=True)
     for wrong in dict(run=str(run)), dict(data='shapes'):
         with pytest.raises(InputError, match='--data|--out'): validate_command(**wrong)
+
+
+@pytest.mark.parametrize('there', ['a run', 'another run', 'notes', 'figures of others', 'a file'])
+def test_force_does_not_write_a_validation_over_anything_else(few, run, there):
+    out = run if there=='a run' else Path('out')
+    if there=='another run': shutil.copytree(run, out)
+    if there in ('notes', 'figures of others'): (out/'figures').mkdir(parents=True)
+    if there=='notes': (out/'notes.txt').write_text('x')
+    if there=='figures of others': (out/'figures'/'curves.png').write_text('x')
+    if there=='a file': out.write_text('x')
+    before = {p: p.read_bytes() for p in [*out.rglob('*'), out] if p.is_file()}
+    for force in False, True:
+        with pytest.raises(InputError, match='name another one|name a folder') as e: validate_run(run, few, out, force=force)
+        assert '--force' not in str(e.value)
+    assert {p: p.read_bytes() for p in [*out.rglob('*'), out] if p.is_file()} == before and load_run(run).finished
+
+
+def test_a_validation_that_was_cut_off_is_begun_again(few, run):
+    (Path('out')/'figures').mkdir(parents=True)
+    for name in 'figures/classes.png', 'report.html', '.metrics.json.0f.1.tmp': (Path('out')/name).write_text('x')
+    assert json.loads((validate_run(run, few, 'out')/'metrics.json').read_text())['images'] == 20
+
+
+def test_of_a_table_with_parts_the_test_rows_are_tested(few, run):
+    "Those of valid where none says test; a table without parts is tested whole. Columns may be chosen"
+    files = [f for f in sorted(few.glob('*/*/*.png')) if f.parent.parent.name in ('train', 'test')]
+    table = pd.DataFrame(dict(path=[str(f) for f in files], kind_of=[f.parent.name for f in files], split=[f.parent.parent.name for f in files]))
+    table['label'] = 'circle'
+    table.to_csv('t.csv', index=False, sep=';')
+    assert {y for _,y in labelled_images('t.csv')} == {'circle'}
+    found = labelled_images('t.csv', label='kind_of')
+    assert [f for f,_ in found] == [f for f in files if f.parent.parent.name=='test'] and all(f.parent.name==y for f,y in found)
+    out = validate_run(run, 't.csv', 'out', label='kind_of', column='path')
+    m = json.loads((out/'metrics.json').read_text())
+    assert (m['accuracy'], m['images']) == (load_run(run).metrics['accuracy'], 20)
+    for words in dict(label='nope'), dict(column='nope'):
+        with pytest.raises(InputError, match="t.csv: has no column 'nope'"): labelled_images('t.csv', **words)
+    table.assign(split=table.split.replace('test', 'valid')).to_csv('v.csv', index=False)
+    assert [f for f,_ in labelled_images('v.csv')] == [f for f,_ in found]
+    table.drop(columns='split').to_csv('w.csv', index=False)
+    assert len(labelled_images('w.csv')) == len(files)
 
 
 def test_newcombes_interval_is_not_symmetric_and_holds_the_difference():

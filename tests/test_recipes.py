@@ -16,7 +16,7 @@ from cifar_cam.models import MODELS
 from cifar_cam.report import write_report
 from cifar_cam.shapes import shapes_path
 from cifar_cam.recipe import (change_recipe, chooses, find_recipe, load_published, read_recipe, Recipe, recipe_dls,
-                              recipe_learner, recipe_table, RECIPES)
+                              recipe_learner, recipe_table, PUBLISHED_RECIPES, RECIPES, without_effect)
 from cifar_cam.evaluate import accuracy_interval, calibration_error, evaluate_learner, load_weights
 from cifar_cam.run import load_run, new_run_folder, Run
 from cifar_cam.experiment import plot_curves, run_recipe, run_seeds, seed_summary, train_run, train_seeds
@@ -60,7 +60,7 @@ def no_seconds(history): return history.drop(columns=['train_seconds', 'seconds'
 
 @pytest.mark.parametrize('field, value', [('arch', 'vgg'), ('norm', 'instance'), ('opt', 'lion'), ('schedule', 'step'), ('augment', 'mixup'),
     ('epochs', 0), ('epochs', -3), ('bs', 1), ('bs', 10**9), ('lr', float('nan')), ('lr', 0), ('lr', -1), ('lr', float('inf')), ('lr', 'fast'),
-    ('wd', float('nan')), ('factor', 1.5), ('hold_out', 0), ('pct_start', 0), ('cutout', -1), ('name', '../up'), ('name', '')])
+    ('wd', float('nan')), ('factor', 1.5), ('hold_out', 0), ('pct_start', 0), ('cutout', -1), ('name', '../up'), ('name', ''), ('published', float('nan')), ('published', 101)])
 def test_an_impossible_value_is_one_line_that_names_it(field, value):
     with pytest.raises(InputError, match=field) as e: change_recipe(RECIPES['davidnet'], **{field: value})
     assert '\n' not in str(e.value)
@@ -76,6 +76,45 @@ def test_settings_from_the_shell_have_the_type_of_their_field(text, fields):
 @pytest.mark.parametrize('k, v', [('epochs', '2.5'), ('keep_best', 'perhaps'), ('lr', 'abc'), ('batch_size', '3')])
 def test_settings_that_cannot_be_are_refused(k, v):
     with pytest.raises(InputError, match=k): change_recipe(RECIPES['davidnet'], **{k: v})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    r = Recipe('tiny', label_smoothing=np.float32(.1), bs=np.int64(16), flip=np.bool_(False), epochs=torch.tensor(3), wd=np.array(.25), published=np.float64(90))
+    assert (r.bs, r.flip, r.epochs, r.wd, r.published) == (16, False, 3, .25, 90) and r.label_smoothing == pytest.approx(.1)
+    assert change_recipe(r, bs=np.int32(7)).bs == 7 and json.loads(json.dumps(vars(r)))['epochs'] == 3
+    with pytest.raises(InputError, match='label_smoothing'): Recipe('tiny', label_smoothing=np.array([.1, .2]))
+
+
+@pytest.mark.parametrize('changes, told', [
+    (dict(patience=5), "patience=5: acts only with schedule='plateau'"), (dict(schedule='plateau', steps='3:0.1'), "acts only with schedule='steps'"),
+    (dict(schedule='steps'), 'needs steps'), (dict(schedule='constant', pct_start='0.5'), 'pct_start=0.5: acts only'), (dict(div=10.), "schedule='one-cycle'"),
+    (dict(augment='none', cutout=16), 'cutout=16: acts only'), (dict(augment='albumentations', padding='zeros'), "padding='zeros': acts only"),
+    (dict(pipeline='mine.json'), "augment='albumentations'"), (dict(augment='albumentations', pipeline='nowhere.json'), "pipeline='nowhere.json': no such file"),
+    (dict(augment='albumentations', pipeline='mine.json', flip=False), "flip=False: pipeline='mine.json' decides")])
+def test_a_change_that_would_do_nothing_is_refused(tmp_path, monkeypatch, changes, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'mine.json').write_text('{}')
+    (tmp_path/'mine.toml').write_text('base = "davidnet"\n' + ''.join(f'{k} = {json.dumps(v)}\n' for k,v in changes.items()))
+    for read in lambda: find_recipe('davidnet', **changes), lambda: find_recipe('mine.toml'):
+        with pytest.raises(InputError) as e: read()
+        assert told in str(e.value) and '\n' not in str(e.value)
+
+
+def test_settings_that_another_schedule_leaves_idle_stay(tmp_path):
+    for r in [*RECIPES.values(), *PUBLISHED_RECIPES.values()]: assert not without_effect(r)
+    r = find_recipe('resnet18-plateau', schedule='one-cycle')   # its factor and patience are named by nobody
+    assert without_effect(r).keys() == {'factor', 'patience'} and Recipe(**vars(r)) == r == change_recipe(r)
+    assert find_recipe('resnet18-steps', as_published=True, epochs=2).steps == '46:0.1'
+    assert not without_effect(find_recipe('davidnet', augment='none', cutout=0, flip=False)) and find_recipe('davidnet', lr_min='find', schedule='linear')
+
+
+@pytest.mark.parametrize('augment', ['crop-flip-cutout', 'alternating', 'albumentations', 'none'])
+def test_without_flips_there_are_none_whatever_augments(shapes, augment):
+    def flips(flip):
+        dls = recipe_dls(tiny_recipe(augment=augment, flip=flip), shapes, device='cpu', num_workers=0)
+        tfms = [t for f in (*dls.train.after_item.fs, *dls.train.after_batch.fs) for t in getattr(getattr(f, 'aug', None), 'transforms', [f])]
+        return sum('Flip' in type(t).__name__ for t in tfms)
+    assert flips(False) == 0 and flips(True) == (augment != 'none')
 
 
 def test_a_recipe_from_toml_is_like_a_built_in_one(tmp_path):

@@ -18,6 +18,7 @@ from cifar_cam.search import Sweep, begin_sweep, trial_recipe, work_on_sweep
 from cifar_cam.space import parse_space
 from cifar_cam.sweep import (best_command, best_recipe, join_sweep, recipe_toml, sweep_command,
                              sweep_recipe, sweep_trials)
+from cifar_cam.summary import run_command
 
 
 def tiny(n_out=10, norm='batch'):
@@ -153,6 +154,65 @@ def test_toml_of_a_recipe_is_that_recipe():
         for base in r.name, None, 'nope':
             Path('mine.toml').write_text(recipe_toml(changed, base))
             assert find_recipe('mine.toml') == changed
+
+
+def test_a_best_recipe_has_no_setting_without_effect_in_its_file(recipe):
+    best = change_recipe(recipe, name='mine', schedule='one-cycle', patience=7, padding='zeros', augment='none')   # as a sweep over schedules leaves it
+    for base in 'davidnet', None:
+        Path('mine.toml').write_text(recipe_toml(best, base))
+        again = find_recipe('mine.toml')
+        assert {k for k,v in vars(again).items() if v != getattr(best, k)} == {'patience', 'padding'}
+
+
+@pytest.mark.parametrize('settings', [['lr=0.1..0.5:0.1'], ['lr=0.05..1:0.05', 'wd=0..0.001:0.0001'], ['bs=10..40:10', 'lr=0.1,0.4'], ['lr=0.4..1:0.2']])
+def test_the_first_trial_is_the_recipe_itself_on_any_grid(recipe, few, settings):
+    own = change_recipe(recipe, lr=.4, wd=.0003)
+    first, = begin_sweep(own, settings, few, trials=1).all_trials()
+    asked = first.system_attrs['fixed_params']
+    assert asked == {k: getattr(own, k) for k in asked} and len(asked) == len(settings)
+    assert not begin_sweep(own, ['lr=0.15..0.55:0.1'], few, trials=1, out='other').all_trials()   # not on this one
+
+
+def test_a_setting_that_no_trial_would_use_is_refused(recipe, few):
+    for settings,told in ((['patience=2..5'], "patience=2: acts only with schedule='plateau'"), (['lr=0.1,0.2', 'steps=3:0.1'], 'acts only'),
+                          (['schedule=steps,linear'], 'needs steps'), (['schedule=linear,cosine', 'div=10..20'], 'div=10')):
+        with pytest.raises(InputError, match=told): begin_sweep(recipe, settings, few)
+    assert not Path('runs').exists()
+    for settings in ['schedule=plateau,linear', 'patience=2..5'], ['schedule=plateau', 'patience=2..5'], ['schedule=steps,linear', 'steps=1:0.1|1:0.5'], ['augment=none,alternating', 'cutout=0,4,6']:
+        assert begin_sweep(recipe, settings, few).space
+
+
+def test_a_sweep_over_a_table_in_memory(recipe, few):
+    files = [f for f in sorted(Path(few).glob('*/*/*.png')) if f.parent.parent.name in ('train', 'test')]
+    table = pd.DataFrame(dict(file=[str(f) for f in files], label=[f.parent.name for f in files], split=[f.parent.parent.name for f in files]))
+    sweep = sweep_recipe(change_recipe(recipe, epochs=1), ['lr=0.01,0.1'], table, trials=1)
+    assert states(sweep) == ['COMPLETE'] and Path(sweep.plan['data']).is_file() and f"--data {sweep.plan['data']}" in best_command(sweep)
+
+
+def test_the_command_of_a_sweep_runs_the_files_of_own_networks(few, capsys, undrawn):
+    "Those that a TOML file names, and those of --module"
+    import shlex
+    from cifar_cam.cli import main
+    Path('own').mkdir()
+    for name in 'net_a', 'net_b':
+        Path(f'own/{name}.py').write_text("from torch import nn\nfrom cifar_cam.models import MODELS\n"
+            f"MODELS['{name}'] = lambda n_out=10, norm='batch': nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, n_out))\n")
+    Path('own/mine.toml').write_text('arch = "net_a"\nmodule = "net_a.py"\nepochs = 1\nbs = 20\nlr = 0.1\n')
+    words = ['sweep', 'own/mine.toml', '--module', 'own/net_b.py', '--set', 'arch=net_a,net_b', '--trials', '2', '--data', str(few)]
+    try:
+        assert main(words) == 0
+        *_,command,path = capsys.readouterr().out.strip().splitlines()
+        named = [str(Path(f'own/{n}.py').absolute()) for n in ('net_a', 'net_b')]
+        assert Sweep(path).plan['modules'] == named
+        with pytest.raises(InputError) as e: best_recipe(begin_sweep('own/mine.toml', ['arch=net_a,net_b'], few))   # says how to go on
+        assert all(f'--module {f}' in str(e.value) for f in named)
+        for n in 'net_a', 'net_b': del MODELS[n]
+        assert main(shlex.split(command)[1:] + ['--out', 'best']) == 0   # as a new process would
+        run = load_run(capsys.readouterr().out.strip().splitlines()[-1])
+        again = shlex.split(run_command(run)[0])
+        assert again[again.index('--module') + 1] == str(Path(f'own/{run.recipe.arch}.py').absolute())
+    finally:
+        for n in 'net_a', 'net_b': MODELS.pop(n, None)
 
 
 def test_the_finders_pick_stands_in_the_recipe(recipe, colours):

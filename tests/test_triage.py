@@ -191,9 +191,28 @@ def test_an_image_is_no_copy_of_itself_but_its_twin_is():
     twin = np.concatenate([x, x[4:5, :, :, ::-1]])
     assert set(find_copies(twin).image) == {4, 20}
 
-def test_one_image_and_an_even_grey_are_no_copies():
+def test_one_image_and_evenly_coloured_ones_are_no_copies():
     assert not len(find_copies(pictures(1)))
-    assert not len(find_copies(np.full((3, 3, 32, 32), 90, np.uint8)))  # without structure nothing can be said
+    greys = np.arange(90, 93, dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(32, 2).repeat(32, 3)
+    assert not len(find_copies(greys))  # without structure nothing can be said of what is not equal
+
+def with_little_structure():
+    rng = np.random.default_rng(0)
+    wide = lambda *shape: np.broadcast_to(rng.integers(0, 256, (60, 3, *shape), dtype=np.uint8), (60, 3, 32, 32)).copy()
+    return dict(even=wide(1, 1), rows=wide(32, 1), columns=wide(1, 32), faint=rng.integers(100, 103, (60, 3, 32, 32), dtype=np.uint8))
+
+@pytest.mark.parametrize('kind', with_little_structure())
+def test_equal_pixels_are_always_a_copy(kind):
+    x = with_little_structure()[kind]
+    found = find_copies(x[10:30], x)
+    assert found.image.tolist() == [*range(20)] and found.copy_of.tolist() == [*range(10, 30)]
+    assert (found.likeness == 1).all() and not found.mirrored.any()
+    found = find_copies(x[10:30, ..., ::-1], x)
+    assert found.image.tolist() == [*range(20)] and found.copy_of.tolist() == [*range(10, 30)]
+    assert found.mirrored.all() == (kind in ('columns', 'faint'))  # the others are their own mirror images
+    assert not len(find_copies(x))
+    found = find_copies(np.concatenate([x, x[7:8], x[7:8]]))
+    assert found.image.tolist() == [7, 60, 61] and found.copy_of.tolist() == [60, 7, 7]
 
 
 # Verdicts
@@ -231,6 +250,18 @@ def test_with_fewer_than_fifty_mistakes_no_label_is_blamed_for_the_number():
     assert 0 < mistakes < 50
     doubt = np.full(400, .1)
     assert not (verdicts([e], doubt, np.zeros(400)) == 'label').any()
+
+def test_a_label_that_the_networks_together_believe_is_not_blamed_for_the_number():
+    lost,sure = made(noise=6, seed=3),[made(noise=.1, seed=s) for s in range(1, 6)]
+    assert (lost.logits.argmax(1) != lost.targs).sum() >= 50
+    table = triage_table([lost, *sure])
+    assert (table.label_score[table.verdict=='label'] > .5).all() and not (table.verdict=='label').sum()
+
+def test_training_images_are_refused_by_whatever_loader_they_come(learn):
+    again = learn.dls.test_dl(learn.dls.train_ds.items, with_labels=True)
+    mixed = learn.dls.test_dl([*learn.dls.valid_ds.items, learn.dls.train_ds.items[0]], with_labels=True)
+    for dl in again, mixed:
+        with pytest.raises(InputError, match='crossfit'): CamInterpretation.from_learner(learn, dl=dl).triage()
 
 def test_the_summary_counts_each_image_once_and_says_what_is_left_out():
     table = triage_table([made(noise=3)])
