@@ -236,12 +236,14 @@ def triage_runs(
     _check_target(out or (runs[0] if runs else None))
     dls = None  # kept evidence has no images
     if not runs:
-        dls = recipe_dls(pretrained_run().recipe, data or 'cifar10')
+        # batches of two, since the training images, which are only looked up, may be few
+        dls = recipe_dls(change_recipe(pretrained_run().recipe, bs=2), data or 'cifar10', val_bs=500)
         evidence = [CamInterpretation.from_pretrained(dls, -1).evidence()]
     else:
         evidence = check_evidence([o for r in runs for o in run_evidence(r, data)])
         if copies and (Path(runs[0])/'env.json').exists(): dls = load_run(runs[0], data).dls
-    known = loader_copies(dls.loaders[-1], dls.train, dls.path) if copies and dls is not None else None
+    train = dls and (dls.train if runs else dls.train.new(bs=500))
+    known = loader_copies(dls.loaders[-1], train, dls.path) if copies and dls is not None else None
     table = triage_table(evidence, known, **kwargs)
     out = Path(out or (runs[0] if runs else new_run_folder('triage', 'runs')))
     names = [Path(r).name for r in runs] or ['speedrun, shipped']

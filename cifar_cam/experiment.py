@@ -40,10 +40,11 @@ def _curves(history, published):
     test,valid = 'test_accuracy' if held else 'valid_accuracy','held out' if held else 'test'
     rows = []
     if published is not None:
-        rows += [(0, published.epoch, published.train_accuracy, '0.75', ':', 'published, train'),
-                 (0, published.epoch, published.test_accuracy, '0.55', '-', 'published, test')]
+        whose = f"published ({published.attrs['network']})" if 'network' in published.attrs else 'published'
+        rows += [(0, published.epoch, published.train_accuracy, '0.75', ':', f'{whose}, train'),
+                 (0, published.epoch, published.test_accuracy, '0.55', '-', f'{whose}, test')]
         if 'test_loss' in published:
-            rows.append((1, published.epoch, published.test_loss, '0.55', '-', 'published, test'))
+            rows.append((1, published.epoch, published.test_loss, '0.55', '-', f'{whose}, test'))
     rows += [(0, h.epoch, 100*h.train_accuracy, 'C0', ':', 'train (augmented)'),
              (1, h.epoch, h.train_loss, 'C0', ':', 'train (augmented)')]
     if held: rows.append((0, h.epoch, 100*h.valid_accuracy, 'C2', '-', 'held out'))

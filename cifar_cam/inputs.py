@@ -12,12 +12,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.transforms import image_extensions
 from PIL import Image, UnidentifiedImageError
 
 from .core import InputError
 from .photos import NamedImage, Squeeze
-from .tables import FileFinder, table_separator, usual_column
+from .tables import FileFinder, IMAGE_SUFFIXES, table_separator, usual_column
 
 # %% ../nbs/23_inputs.ipynb #5a39dade
 def open_binary(
@@ -53,12 +52,10 @@ def _reason(e):
     return inside.rpartition(')')[0] if found else text
 
 # %% ../nbs/23_inputs.ipynb #e0e6c9c5
-_SUFFIXES = image_extensions | {'.webp', '.avif', '.jfif', '.jp2'}
-
 def _is_image(name):
     parts = PurePosixPath(name).parts
     hidden = any(p.startswith('.') and p not in ('.', '..') or p=='__MACOSX' for p in parts)
-    return not hidden and PurePosixPath(name).suffix.lower() in _SUFFIXES
+    return not hidden and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 def _in_folder(folder):
     been = set()
@@ -256,7 +253,7 @@ def _images_of(path, column, read):
     if path.suffix.lower()=='.txt':
         lines = path.read_text(encoding='utf-8-sig', errors='surrogateescape').split('\n')
         return where_named([line for line in lines if line.strip()], path.parent)
-    if path.suffix.lower() not in _SUFFIXES:
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
         return _in_archive(path, read)
     return iter([(str(path), str(path))])
 

@@ -313,6 +313,7 @@ def load_published(
     path = files('cifar_cam')/'published'/f"{'davidnet' if name=='resnet18-steps' else name}.csv"
     if not path.is_file(): return None
     curves = pd.read_csv(path)
+    if name=='davidnet': curves.attrs['network'] = 'ResNet18'  # not the recipe's own
     if 'test_loss_per_image' in curves:  # the mean over a batch was divided by the number of images once more
         batch = PUBLISHED_RECIPES['resnet18-steps' + AS_PUBLISHED if name=='davidnet' else name + AS_PUBLISHED].bs
         curves['test_loss'] = curves.test_loss_per_image*batch

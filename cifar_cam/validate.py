@@ -11,14 +11,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from fastai.data.transforms import get_image_files
 from fastai.vision.all import CategoryBlock, DataBlock, DataLoaders, ImageBlock, L, Normalize
 from fastcore.script import store_true
 
 from .core import InputError, save_atomically, write_json, writing
 from .photos import NamedImage, Squeeze
 from .formats import unpack_images
-from .tables import read_table, split_folders
+from .tables import first_other, folder_images, has_images, read_table, split_folders, why_no_images
 from .images import data_path
 from .interpret import CamInterpretation
 from .learner import cifar_learner
@@ -48,7 +47,7 @@ def _labelled_folder(path):
     "The folder of `path` whose folders are classes"
     inside = _tested_folder(path)
     folder = inside if inside.is_dir() and _class_folders(inside) else path
-    if not any(get_image_files(d, recurse=False) for d in _class_folders(folder)):
+    if not any(map(has_images, _class_folders(folder))):
         raise InputError(f'{path}: no images in class folders; it needs <class>/<image>, or test/<class>/<image>')
     return path
 
@@ -69,7 +68,10 @@ def labelled_images(
         raise InputError(f'{data}: no such file or folder; name a labelled set')
     inside = _tested_folder(_labelled_folder(path))
     folder = inside if inside.is_dir() and _class_folders(inside) else path
-    return [(f, d.name) for d in _class_folders(folder) for f in sorted(get_image_files(d, recurse=False))]
+    for d in _class_folders(folder):
+        if first_other(d) and not has_images(d):  # an empty one is a class without images
+            raise InputError(f'{d}: {why_no_images(d)}')
+    return [(f, d.name) for d in _class_folders(folder) for f in folder_images(d)]
 
 # %% ../nbs/23_validate.ipynb #9163d472
 def labelled_dls(

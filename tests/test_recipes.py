@@ -289,7 +289,8 @@ def test_the_published_curve_is_drawn_behind_ours(shapes, tmp_path, monkeypatch,
     page = (run.path/'report.html').read_text()
     assert told in page and f'published: {RECIPES[name].published:g} %' in page
     lines = {l.get_label(): l.get_ydata() for l in plot_curves(run.history, run.published).axes[0].lines}
-    assert list(lines['published, test']) == list(load_published(name).test_accuracy) and list(lines['published, train']) == list(load_published(name).train_accuracy)
+    whose = 'published (ResNet18)' if name=='davidnet' else 'published'  # the assignment's log is of another network
+    assert list(lines[f'{whose}, test']) == list(load_published(name).test_accuracy) and list(lines[f'{whose}, train']) == list(load_published(name).train_accuracy)
     plt.close('all')
 
 
