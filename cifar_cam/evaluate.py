@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['predict_loader', 'save_weights', 'load_weights', 'calibration_error', 'accuracy_interval', 'evaluate_learner',
-           'image_format']
+           'image_format', 'normalised_as']
 
 # %% ../nbs/18b_evaluate.ipynb #18bimp1
+from copy import copy
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import DataLoaders, Learner, rank_distrib
+from fastai.vision.all import DataLoaders, Learner, Normalize, Pipeline, rank_distrib
 from safetensors.torch import load, save
 from scipy.stats import binomtest
 
@@ -118,3 +119,19 @@ def image_format(
     norm = loader_norm(dls)
     mean,std = ([round(c, 4) for c in o.flatten().tolist()] for o in (norm.mean, norm.std))
     return dict(size=list(dls.valid.one_batch()[0].shape[-2:]), mean=mean, std=std)
+
+# %% ../nbs/18b_evaluate.ipynb #18bnorm1
+def normalised_as(
+    dls:DataLoaders, # any loaders that normalise; they stay as they are
+    mean:list, # of each channel, 0 to 1
+    std:list, # likewise
+) -> DataLoaders: # of the same images
+    "`dls` with another mean and standard deviation: those of the images that a network was trained on"
+    def own(t):
+        if not isinstance(t, Normalize): return t
+        t = copy(t)
+        t.mean,t.std = (o.new_tensor(new).view_as(o) for o,new in ((t.mean, mean), (t.std, std)))
+        return t
+    seen = copy(dls)
+    seen.loaders = [dl.new(after_batch=Pipeline([own(t) for t in dl.after_batch.fs])) for dl in dls.loaders]
+    return seen

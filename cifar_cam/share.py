@@ -17,7 +17,7 @@ from .learner import cifar_learner
 from .interpret import CamInterpretation
 from .scorecard import methods_at_chance
 from .recipe import recipe_learner
-from .evaluate import evaluate_learner, image_format, load_weights, save_weights
+from .evaluate import evaluate_learner, image_format, load_weights, normalised_as, save_weights
 from .run import load_run, Run
 from .summary import changed_settings
 
@@ -128,20 +128,21 @@ def pretrained_run() -> Run:
 
 @patch(cls_method=True)
 def from_pretrained(cls:CamInterpretation,
-    dls:DataLoaders, # of CIFAR-10, from `cifar_dls`
+    dls:DataLoaders, # of CIFAR-10's classes, from `cifar_dls`; normalised here as the network was trained
     ds_idx:int=1, # which of its loaders: 0 train, 1 validation, -1 the last
 ) -> CamInterpretation:
     """What the network that comes with the package makes of the images of `dls`. A method that its scorecard finds at
-    chance warns. Raises InputError for other classes, sizes or normalisation"""
+    chance warns. Raises InputError for other classes or sizes"""
     run = pretrained_run()
     known = list(run.metrics['class_accuracy'])
     given = [str(c) for c in dls.vocab]
     if known!=given:
         raise InputError(f"the network that comes with the package knows {', '.join(known)}; these images are of "
                          f"{', '.join(given)}: train one, and use from_learner")
-    wanted,found = ({k: m[k] for k in ('size', 'mean', 'std')} for m in (run.metrics, image_format(dls)))
+    wanted,found = run.metrics['size'],image_format(dls)['size']
     if wanted!=found:
         raise InputError(f'the network that comes with the package sees images of {wanted}; these are of {found}')
-    interp = cls.from_learner(cifar_learner(dls, run.model), ds_idx)
+    seen = normalised_as(dls, run.metrics['mean'], run.metrics['std'])
+    interp = cls.from_learner(cifar_learner(seen, run.model), ds_idx)
     interp.at_chance = methods_at_chance(run.path/'score.json')
     return interp

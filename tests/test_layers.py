@@ -636,4 +636,4 @@ def test_a_layer_that_was_changed_in_place_is_traced_anew():
     m = nn.Sequential(block(3, 8, 1), block(8, 16, 2), block(16, 16, 2), block(16, 16, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
     before = cam_layer(m)[0]
     m[3][0].stride = (1, 1)
-    assert (before, cam_layer(m)[0])==('2', cam_layer(deepcopy(m))[0]) and cam_maps(m, torch.randn(1, 3, 32, 32), layer='3').maps.shape[1:]==(8, 8)
+    assert (before, cam_layer(m)[0])==('2', cam_layer(deepcopy(m))[0]) and cam_layer(m, '3')[0]=='3'  # 4×4 before, which is refused

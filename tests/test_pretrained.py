@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from cifar_cam.cli import main
 from cifar_cam.core import InputError
+from cifar_cam.evaluate import image_format
 from cifar_cam.images import CIFAR10
 from cifar_cam.loaders import cifar_dls
 from cifar_cam.interpret import CamInterpretation
@@ -59,6 +60,23 @@ def test_galleries_of_the_users_images(like_cifar):
     assert torch.allclose(interp.probs[:len(direct)], direct, atol=1e-5)
     interp.plot_cams(4, 'top_losses')
     plt.close('all')
+
+
+def test_the_users_images_are_normalised_as_the_network_was_trained(like_cifar):
+    dls = cifar_dls(like_cifar, bs=10)
+    own = image_format(dls)
+    interp = CamInterpretation.from_pretrained(dls)
+    m = pretrained_run().metrics
+    assert own==image_format(dls) and (own['mean'], own['std'])!=(m['mean'], m['std'])
+    assert [image_format(interp.learn.dls)[k] for k in ('mean', 'std')]==[m['mean'], m['std']]
+
+
+def test_a_finished_run_sees_images_as_it_was_trained_whatever_is_measured_today(run):
+    "Versions differ in what they take for CIFAR-10, and so in the mean that they measure of its parts"
+    about = json.loads((run/'metrics.json').read_text()) | dict(mean=[.4, .5, .6], std=[.2, .25, .3])
+    (run/'metrics.json').write_text(json.dumps(about))
+    found = image_format(load_run(run).dls)
+    assert found['mean']==[.4, .5, .6] and found['std']==[.2, .25, .3]
 
 
 def test_a_method_that_the_scorecard_finds_at_chance_warns(like_cifar, monkeypatch):
