@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['predict_loader', 'save_weights', 'load_weights', 'calibration_error', 'accuracy_interval', 'evaluate_learner',
-           'image_format', 'normalised_as']
+           'loader_stats', 'image_format', 'normalised_as']
 
 # %% ../nbs/18b_evaluate.ipynb #18bimp1
 from copy import copy
@@ -111,13 +111,20 @@ def evaluate_learner(
                 class_accuracy={c: hit[targets==i].double().mean().item() for i,c in enumerate(learn.dls.vocab)})
 
 # %% ../nbs/18b_evaluate.ipynb #d76bb443
+def loader_stats(
+    dls:DataLoaders, # any loaders that normalise
+) -> tuple: # of two lists, one number a channel, 0 to 1
+    "Mean and standard deviation that the images are normalised with, to four digits"
+    norm = loader_norm(dls)
+    return tuple([round(c, 4) for c in o.flatten().tolist()] for o in (norm.mean, norm.std))
+
+# %% ../nbs/18b_evaluate.ipynb #18bfmt01
 def image_format(
     dls:DataLoaders, # what a network was trained on
 ) -> dict:
     """What another image must be made into before that network can see it: its side, the channels' mean and standard
     deviation"""
-    norm = loader_norm(dls)
-    mean,std = ([round(c, 4) for c in o.flatten().tolist()] for o in (norm.mean, norm.std))
+    mean,std = loader_stats(dls)
     return dict(size=list(dls.valid.one_batch()[0].shape[-2:]), mean=mean, std=std)
 
 # %% ../nbs/18b_evaluate.ipynb #18bnorm1

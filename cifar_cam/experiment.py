@@ -189,10 +189,11 @@ def _changed(recipe, changes):
 
 def _environment(r, data, device, seed, published_protocol, tensorboard, processes):
     check_parts(r, processes)
-    protocol = published_protocol or r.name.endswith(AS_PUBLISHED)
     env = environment(data, device, seed)
     return dict(env, precision=pick_precision(r.precision, env['device']), processes=processes,
-                published_protocol=protocol, tensorboard=tensorboard)
+                published_protocol=_by_test_set(r, published_protocol), tensorboard=tensorboard)
+
+def _by_test_set(r, published_protocol): return published_protocol or r.name.endswith(AS_PUBLISHED)
 
 def _begin_run(path, r, env, decisions=None, there=None):
     with _kept_if_begun(path, there):
@@ -265,8 +266,7 @@ def _check_same(run, r, data, seed, published_protocol):
     if run.env['seed']!=seed:
         raise InputError(f"{run.path}: is a run of seed {run.env['seed']}, not {seed}; move it away, or name another "
                          "path")
-    asked_protocol = published_protocol or r.name.endswith(AS_PUBLISHED)
-    if chooses(r) and asked_protocol!=run.env['published_protocol']:
+    if chooses(r) and _by_test_set(r, published_protocol)!=run.env['published_protocol']:
         chosen = 'the test set' if run.env['published_protocol'] else 'held-out images'
         raise InputError(f'{run.path}: is a run that chose by {chosen}; move it away, or name another path')
     if data_checksum(data_path(data))!=run.env['data_checksum']:

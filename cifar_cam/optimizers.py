@@ -6,8 +6,10 @@
 __all__ = ['OPTIMIZERS', 'opt_func', 'has_bf16', 'newton_schulz', 'Muon']
 
 # %% ../nbs/06_optimizers.ipynb #06imp1o
+import platform
 from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 from fastai.vision.all import OptimWrapper
@@ -50,12 +52,18 @@ def opt_func(
 def has_bf16(
     device:torch.device='cpu', # where the training runs
 ) -> bool:
-    "Is bfloat16 fast on `device`: a CPU with avx512_bf16 or AMX, a GPU that does not emulate it?"
+    """Is bfloat16 fast on `device`: a CPU with AMX, or with avx512_bf16 if it is not Intel's, or a GPU that does not
+    emulate it?"""
     device = torch.device(device)
     if device.type=='cuda':
         # a T4 can, but slowly
         with torch.cuda.device(device): return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type=='cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if device.type!='cpu': return False
+    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
+
+def _is_intel():
+    path = Path('/proc/cpuinfo')
+    return 'GenuineIntel' in (path.read_text() if path.exists() else platform.processor())
 
 # %% ../nbs/06_optimizers.ipynb #06bf16d
 @cache

@@ -26,7 +26,6 @@ from .core import (check_seed, InputError, one_of, remove_leftovers, Seed, save_
                             writing)
 from .images import CIFAR10, data_checksum, data_path
 from .augment import TTA
-from .loaders import loader_norm
 from .models import build_model, count_parameters
 from .precision import deterministic_algorithms, pick_device, PRECISIONS, processor_name
 from .parallel import data_parallel, from_first, leave_processes, one_process
@@ -34,7 +33,7 @@ from .learner import Checkpoint
 from .interpret import CamInterpretation
 from .scorecard import methods_at_chance
 from .recipe import chooses, fit_recipe, load_published, pick_lrs, Recipe, recipe_dls, recipe_learner
-from .evaluate import evaluate_learner, image_format, load_weights, normalised_as, save_weights
+from .evaluate import evaluate_learner, image_format, load_weights, loader_stats, normalised_as, save_weights
 from .history import History, KeepBest, read_history, tensorboard_logs, wandb_logs
 
 # %% ../nbs/19_run.ipynb #327ffeab
@@ -271,9 +270,7 @@ class Run:
         if self.finished and [str(c) for c in dls.vocab] != list(self.metrics['class_accuracy']):
             raise InputError(f'{self.path}: metrics.json has other classes than {data}')
         m = self.metrics  # versions differ in what they take for CIFAR-10, and so in the statistics they measure
-        norm = loader_norm(dls)
-        found = [[round(c, 4) for c in o.flatten().tolist()] for o in (norm.mean, norm.std)]
-        same = not self.finished or found==[m['mean'], m['std']]
+        same = not self.finished or loader_stats(dls)==(m['mean'], m['std'])
         return dls if same else normalised_as(dls, m['mean'], m['std'])
 
     @cached_property
