@@ -159,7 +159,9 @@ class WeightAverage(Callback):
         if not hasattr(self.learn, 'gather_preds'): self._begin()
 
     def state_dict(self) -> dict: return dict(other=self.other, steps=self.steps, swapped=self.swapped)
-    def load_state_dict(self, state):
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+    ):
         self.steps,self.swapped = state['steps'],state['swapped']
         self.other = state['other']
         if self.other is not None: self.other = [a.to(b.device) for a,b in zip(self.other, self._tensors())]

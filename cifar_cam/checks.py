@@ -85,7 +85,7 @@ def check_device(
     return [*found, finding('precision', f'{chosen}: {why}')]
 
 _REASONS = {('cpu', 'bfloat16'): 'the processor has instructions for it', ('cuda', 'bfloat16'): 'native on this GPU',
-            ('cpu', 'float32'): 'the processor would only imitate bfloat16, slowly',
+            ('cpu', 'float32'): 'bfloat16 would be slower on this processor',
             ('cuda', 'float16'): 'this GPU is fast in it, and would only imitate bfloat16',
             ('cuda', 'float32'): 'this GPU would only imitate bfloat16, slowly'}
 

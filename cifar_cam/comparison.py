@@ -53,7 +53,7 @@ _OUR_REASONS = {
     'resnet18-plateau': _TWO_HOURS | dict(
         opt='Nesterov learns faster in 20 epochs', lr='61 % after one epoch, against 40 from 0.1',
         factor='20 epochs leave room for two falls', patience='one bad epoch ends a high rate too soon',
-        wd='usual for CIFAR-10'),
+        floor='there is none to keep', wd='usual for CIFAR-10'),
     'resnet18-onecycle': _TWO_HOURS | dict(
         lr='0.37 keeps the log below 50 % until it has come down', opt='Nesterov learns faster in 20 epochs',
         flip='an object and its mirror image are of one class', padding='no black borders',
@@ -64,7 +64,7 @@ _OUR_REASONS = {
     'resnet18-albumentations': _TWO_HOURS | dict(
         lr='as resnet18-plateau', factor='20 epochs leave room for two falls', watch='losses are less noisy'),
     'resnet18-layernorm': _TWO_HOURS | dict(
-        bs='as the other ResNet18s', lr='the best of five held-out trials', pct_start="fastai's default")}
+        bs='as in the held-out trials', lr='the best of five held-out trials', pct_start="fastai's default")}
 
 # %% ../nbs/18a_comparison.ipynb #18showre
 def show_recipe(

@@ -86,7 +86,7 @@ def crossfit(
     **changes, # settings of the recipe to change
 ) -> Path: # a folder with a file for each fold, triage.csv and triage.json
     "Train a network for each fold and triage the training images. Raises InputError before anything is written"
-    r = change_recipe(recipe, **changes) if isinstance(recipe, Recipe) else find_recipe(recipe, **changes)
+    r = find_recipe(recipe, **changes)
     env = environment(data, device, seed)
     with folder_for(out):
         path = new_run_folder(f'{r.name}-{folds}-folds', out)

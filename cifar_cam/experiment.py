@@ -25,7 +25,7 @@ from .images import data_checksum, data_path
 from .schedule import plot_triangle
 from .precision import pick_precision
 from .parallel import from_all, from_first, join_processes, leave_processes, one_process
-from .recipe import AS_PUBLISHED, change_recipe, chooses, find_recipe, Recipe
+from .recipe import AS_PUBLISHED, chooses, find_recipe, Recipe
 from .run import (check_parts, environment, fit_run, folder_for, load_run, new_run_folder, read_record,
                            recipe_from_record, Run, says_how_to_resume)
 from .summary import write_class_report
@@ -174,7 +174,7 @@ def run_recipe(
     "Train a recipe and write everything about it into a new run folder. Raises InputError before anything is written"
     processes = max(1, num_distrib())  # `begin` runs as if the first process were alone
     def begin():
-        r = _changed(recipe, changes)
+        r = find_recipe(recipe, **changes)
         env = _environment(r, data, device, seed, published_protocol, tensorboard, processes)
         if wandb: env['wandb'] = True
         path = new_run_folder(r.name, out)
@@ -183,9 +183,6 @@ def run_recipe(
     with nullcontext() if rank_distrib() else folder_for(out):
         path = from_first(begin)
         with _kept_if_begun(path): return train_run(path)
-
-def _changed(recipe, changes):
-    return change_recipe(recipe, **changes) if isinstance(recipe, Recipe) else find_recipe(recipe, **changes)
 
 def _environment(r, data, device, seed, published_protocol, tensorboard, processes):
     check_parts(r, processes)
@@ -236,7 +233,7 @@ def run_or_resume(
 ) -> Run:
     """The run in `path`: trained, resumed or only loaded. Raises InputError if it is of another recipe, seed or data,
     and for a folder that holds something else"""
-    r = _changed(recipe, changes)
+    r = find_recipe(recipe, **changes)
     path = Path(path or Path('runs')/r.name)
     there = _check_folder(path)
     if (path/'recipe.json').exists():
@@ -313,7 +310,7 @@ def run_seeds(
         raise InputError(f'runs={runs}: at least one is needed')
     seeds = [*range(check_seed(seed), check_seed(seed + runs - 1) + 1)]
     def begin():
-        r = _changed(recipe, changes)
+        r = find_recipe(recipe, **changes)
         env = environment(data, device, seed)
         plan = dict(recipe=asdict(r), data=env['data'], data_checksum=env['data_checksum'], seeds=seeds,
                     published_protocol=published_protocol, tensorboard=tensorboard, device=device and str(device))

@@ -50,7 +50,9 @@ class History(Callback):
     def before_fit(self):
         self.rows = read_history(self.path).to_dict('records') if self.path.exists() else []
     def state_dict(self) -> dict: return dict(rows=self.rows)
-    def load_state_dict(self, state):
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+    ):
         "The rows of a checkpoint: a file that a program copied here may be older, or newer"
         self.rows = state['rows']
         self._write()
@@ -78,7 +80,9 @@ class KeepBest(TrackerCallback):
         super().__init__('valid_accuracy')
         self.path = Path(path)
     def state_dict(self) -> dict: return dict(weights=self.weights)
-    def load_state_dict(self, state):
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+    ):
         self.weights = state['weights']
         self._write()
     def _write(self): save_atomically(lambda f: f.write_bytes(save(self.weights)), self.path)

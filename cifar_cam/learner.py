@@ -58,7 +58,11 @@ class TorchOptimizer(OptimWrapper):
     @property
     def hypers(self): return [_Settings(group, self.fwd_map, self.bwd_map) for group in self.opt.param_groups]
 
-    def set_hyper(self, k, v):
+    def set_hyper(self,
+        k:str, # a setting, such as 'lr'
+        v, # a value for all groups, or one for each
+    ):
+        "Set `k` of the parameter groups"
         if isinstance(v, np.generic): v = v.item()  # a rate drawn by NumPy
         super().set_hyper(k, v)
 

@@ -47,7 +47,11 @@ def open_photo(
 class NamedImage(PILImage):
     "A `PILImage` that names its file when it cannot be read"
     @classmethod
-    def create(cls, fn:Path|str|torch.Tensor|ndarray|bytes|Image.Image, **kwargs):
+    def create(cls,
+        fn:Path|str|torch.Tensor|ndarray|bytes|Image.Image, # an image, or where it is
+        **kwargs, # more for `PILImage.create`
+    ):
+        "The image, opened by `open_photo`"
         if isinstance(fn, (str, Path, Image.Image)): return cls(open_photo(fn))
         return super().create(fn, **kwargs)
 

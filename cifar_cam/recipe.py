@@ -212,7 +212,6 @@ def without_effect(
         idle |= dict.fromkeys(('schedule', 'steps'), "such a schedule needs steps, as in steps='30:0.1'")
     return idle
 
-
 # %% ../nbs/18_recipe.ipynb #18pubrec
 AS_PUBLISHED = '-as-published'
 PUBLISHED_RECIPES = {r.name: r for r in (
@@ -239,18 +238,21 @@ EXPERIMENTS = {
 
 # %% ../nbs/18_recipe.ipynb #18findrc
 def find_recipe(
-    name:str|Path, /, # a built-in recipe, or a TOML file
+    name:str|Path|Recipe, /, # a built-in recipe, a TOML file, or a recipe that is at hand
     as_published:bool=False, # the settings of the published experiment instead of ours
     **changes, # settings to change; None keeps the recipe's value
 ) -> Recipe:
-    """The recipe called `name`, with changes. Raises InputError that lists the known recipes, and for a change that
-    would do nothing"""
+    "The recipe `name` with changes. Raises InputError for an unknown one, and for a change that would do nothing"
     changes = {k: v for k,v in changes.items() if v is not None}
+    if isinstance(name, Recipe):
+        if not as_published: return _with_effect(name, changes)
+        raise InputError(f'as_published=True is for a recipe by name: {name.name!r}')
     known = RECIPES | PUBLISHED_RECIPES
     full = f'{name}{AS_PUBLISHED}' if as_published else str(name)
     if full in known: return _with_effect(known[full], changes)
     if as_published:
-        raise InputError(f"{name}: was not published; as published there are {', '.join(_published_names())}")
+        names = ', '.join(n.removesuffix(AS_PUBLISHED) for n in PUBLISHED_RECIPES)
+        raise InputError(f'{name}: was not published; as published there are {names}')
     if full.endswith('.toml'): return _with_effect(read_recipe(name), changes)
     raise InputError(f"unknown recipe {full!r}: choose one of {', '.join(known)}, or a .toml file")
 
@@ -264,8 +266,6 @@ def _with_effect(r, changes):
     if 'pipeline' in changes and new.pipeline and not Path(new.pipeline).is_file():
         raise InputError(f'pipeline={new.pipeline!r}: no such file; name one that `A.save` wrote')
     return new
-
-def _published_names(): return [n.removesuffix(AS_PUBLISHED) for n in PUBLISHED_RECIPES]
 
 # %% ../nbs/18_recipe.ipynb #6656711f
 def read_recipe(

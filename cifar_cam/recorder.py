@@ -9,8 +9,8 @@ __all__ = ['CrossEntropy', 'Accuracy', 'LightRecorder', 'LightProgress']
 from time import perf_counter
 
 import torch
-from fastai.vision.all import (AvgLoss, AvgSmoothLoss, CrossEntropyLossFlat, maybe_gather, Metric, ProgressCallback,
-                               Recorder)
+from fastai.vision.all import (AvgLoss, AvgSmoothLoss, CrossEntropyLossFlat, Learner, maybe_gather, Metric,
+                               ProgressCallback, Recorder)
 
 from .core import shows_bars
 
@@ -45,7 +45,10 @@ class Accuracy(Metric):
     "Share of images whose highest logit is that of the target; None where predictions and targets are of another kind"
     name,kept = 'accuracy','hits'
     def reset(self): self.hits,self.count = 0,0
-    def accumulate(self, learn):
+    def accumulate(self,
+        learn:Learner, # after a batch
+    ):
+        "Count the hits of a batch, without waiting for the device"
         pred = learn.pred
         y = learn.yb[0]
         if not isinstance(pred, torch.Tensor) or pred.ndim!=2 or pred.shape[1] < 2 or y.shape!=pred.shape[:1]: return
@@ -68,7 +71,9 @@ def _to_host(metrics, losses=()):
 class LightRecorder(Recorder):
     "fastai's `Recorder`, its measures on the device, with the columns `train_accuracy` and `lr` behind its own"
     name = 'recorder'
-    def __init__(self, **kwargs):
+    def __init__(self,
+        **kwargs, # for fastai's `Recorder`
+    ):
         super().__init__(**kwargs)
         self.loss = _DeviceLoss()
         self.smooth_loss = _DeviceSmoothLoss()

@@ -85,7 +85,7 @@ def begin_sweep(
 ) -> Sweep:
     "Make the folder of a sweep. Raises InputError before anything is written, also for a setting that would do nothing"
     check_seed(seed)
-    r = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
+    r = find_recipe(recipe)
     space,shared = parse_space(r, settings)
     if not space:
         raise InputError('nothing is swept: set a range or choices, such as --set lr=0.05..0.8:log')

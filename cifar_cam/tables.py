@@ -186,6 +186,7 @@ class FileFinder:
         name:str, # as in the table
         split:str='', # the part, from the table
     ) -> Path: # None where there is no such file
+        "The file called `name`"
         name = os.path.expanduser(name)
         found = list(dict.fromkeys(f for d in self._folders(name, split) for f in self._in(d, name)))
         if len(found) > 1:

@@ -1,6 +1,6 @@
 """The sources of the site, gathered into one folder: notebooks without what only nbdev needs, pages of `docs/`, tables made from the
 records of runs, the API. Links are written as they work in the repository, and rewritten here to where things are on the site."""
-import ast, base64, json, re
+import base64, json, re
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
@@ -185,8 +185,7 @@ def gather():
     reading = table(['notebook', 'about'], [[f'[{Path(p).stem}]({place(p)})', front(notebooks[p])[1]] for p in numbered])
     listed = table(['module', 'about'], [[f'[{m.name}](api/{m.name}.md)', api.text(m.doc)] for m in modules])
     starred = re.findall(r'from cifar_cam\.(\w+) import \*', (ROOT/'cifar_cam'/'all.py').read_text())
-    survives = next((ast.unparse(m.names['SURVIVES'].value) for m in modules if 'SURVIVES' in m.names), '')
-    filled = dict(survives=survives, all=', '.join(f'`{m}`' for m in starred), recipes=sections, settings=settings, records=details, notebooks=reading, modules=listed.replace('](api/', ']('),
+    filled = dict(all=f"The names are those of {', '.join(f'`{m}`' for m in starred)}.", recipes=sections, settings=settings, records=details, notebooks=reading, modules=listed.replace('](api/', ']('),
                   experiments=_toctree('', [doc(p) for p in notebooks if p.startswith('nbs/experiments/')]).replace(':caption: \n', ''))
     for f in sorted((ROOT/'docs').glob('*.md')):
         source = re.sub('<!-- github -->.*?<!-- /github -->\n*', '', f.read_text(), flags=re.S)  # says that this page is not the site's

@@ -22,8 +22,8 @@ TAIL = '''## Measured
 matplotlib 3.9, pydantic 2.9.2, pandas 2.2, scikit-learn 1.5, safetensors 0.4.5, jinja2 3.1, torchinfo 1.8, and tomli 2 on Python 3.10.
 `tests/versions.sh` makes two fresh virtual environments, one with these and one with the newest of everything, and runs
 the tests in both. Version 0.1 was run on Python 3.11 with the lowest: 1,123 passed, 10 skipped (three need captum or torchcam; PyTorch has its own Muon to compare with only from 2.9 on, and 2.6 does not
-trace a module compiled in place). The 11 others failed there: two processes hung at their end, and the environment had no pip; with both put right, these passed in a second run. The newest are those
-of every other figure on these pages.
+trace a module compiled in place). The 11 others failed there: two processes hung at their end, and the environment had no pip; with both put right, these passed in a second run.
+The records name the versions of every other figure.
 '''
 
 

@@ -72,7 +72,7 @@ METHODS = {
     'to_distributed_ctx': ''}
 METHODS_DIFFER = {k: 'Half precision is a setting of `cifar_learner` here; fastai\'s needs a GPU and is not tried.' for k in
                   ('to_fp16', 'to_bf16', 'to_fp32', 'to_non_native_fp16', 'to_non_native_fp32')} | \
-                 {k: 'Several processes have their own way here: docs/several-gpus.md.' for k in
+                 {k: 'Several processes have [their own way](several-gpus.md) here.' for k in
                   ('to_distributed', 'detach_distributed', 'distrib_ctx', 'to_parallel', 'detach_parallel', 'parallel_ctx', 'to_distributed_ctx')} | {
     'fit': 'The epochs of all fits count on, so `fit(1)` three times shows the images of `fit(3)`. The seed is that of `cifar_learner`; `set_seed` before `fit` steers a plain `Learner` only.',
     'no_bar': 'Puts the bar back that was there; fastai\'s puts a new one of its own.'}

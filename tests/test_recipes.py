@@ -95,7 +95,7 @@ def test_a_change_that_would_do_nothing_is_refused(tmp_path, monkeypatch, change
     monkeypatch.chdir(tmp_path)
     (tmp_path/'mine.json').write_text('{}')
     (tmp_path/'mine.toml').write_text('base = "davidnet"\n' + ''.join(f'{k} = {json.dumps(v)}\n' for k,v in changes.items()))
-    for read in lambda: find_recipe('davidnet', **changes), lambda: find_recipe('mine.toml'):
+    for read in lambda: find_recipe('davidnet', **changes), lambda: find_recipe(RECIPES['davidnet'], **changes), lambda: find_recipe('mine.toml'):
         with pytest.raises(InputError) as e: read()
         assert told in str(e.value) and '\n' not in str(e.value)
 
@@ -105,6 +105,7 @@ def test_settings_that_another_schedule_leaves_idle_stay(tmp_path):
     r = find_recipe('resnet18-plateau', schedule='one-cycle')   # its factor and patience are named by nobody
     assert without_effect(r).keys() == {'factor', 'patience'} and Recipe(**vars(r)) == r == change_recipe(r)
     assert find_recipe('resnet18-steps', as_published=True, epochs=2).steps == '46:0.1'
+    with pytest.raises(InputError, match='for a recipe by name'): find_recipe(RECIPES['davidnet'], as_published=True)   # its own changes would be lost
     assert not without_effect(find_recipe('davidnet', augment='none', cutout=0, flip=False)) and find_recipe('davidnet', lr_min='find', schedule='linear')
 
 
