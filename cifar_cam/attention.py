@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .core import InputError
-from .forward import find_logits, trace_layers, untouched
+from .forward import find_logits, tokens_matter, trace_layers, untouched
 from .layers import cam_layer
 
 # %% ../nbs/12_attention.ipynb #7b8bec6f
@@ -57,6 +57,13 @@ def roll_out(
     return total
 
 # %% ../nbs/12_attention.ipynb #b36ea052
+def _reads_places(model, x, output, length):
+    "Does the head read the places' tokens, as a mean of them does, and not a class token alone?"
+    calls = [c for c in trace_layers(model, x, output).calls
+             if c.name and c.grid and c.grid.order in ('NLC', 'LNC') and c.grid.h*c.grid.w + c.grid.extra==length]
+    last = max(calls, key=lambda c: c.end)
+    return not last.grid.start or tokens_matter(model, x, last.name, last.grid)
+
 def attention_rollout(
     model:nn.Module, # a transformer, unwrapped
     x:torch.Tensor, # images as the model takes them: N×C×H×W
@@ -69,5 +76,5 @@ def attention_rollout(
     if grid is None or grid.order not in ('NLC', 'LNC') or grid.h*grid.w + grid.extra != matrices[0].shape[-1]:
         raise InputError("rollout needs tokens that lie as the image does in every block: choose another method")
     places = slice(grid.start, grid.start + grid.h*grid.w)
-    rows = roll_out(matrices)[:, :1] if grid.start else roll_out(matrices)[:, places]
+    rows = roll_out(matrices)[:, places if _reads_places(model, x[:1], output, len(matrices[0][0])) else slice(0, 1)]
     return rows[:, :, places].mean(1).unflatten(1, (grid.h, grid.w)),find_logits(out, output).float()

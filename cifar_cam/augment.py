@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from fastai.vision.all import DisplayedTransform, first, Normalize, PILImage, TensorCategory, TensorImage, Transform
+from fastai.vision.all import (DisplayedTransform, first, Normalize, PILImage, PILImageBW, TensorCategory, TensorImage,
+                               Transform)
 
 from .core import InputError
 
@@ -23,6 +24,13 @@ from .core import InputError
 class ImageTransform(DisplayedTransform):
     "A transform of images: leaves their labels as they are"
     def encodes(self, x:TensorCategory): return x
+
+def _of_batches(f):
+    "`encodes` of a batch, which takes a single image too"
+    def encodes(self, x:TensorImage): return f(self, x) if x.ndim==4 else TensorImage(f(self, x[None])[0])
+    return encodes
+
+def _grey(colour): return round(sum(colour)/len(colour))
 
 # %% ../nbs/03_augment.ipynb #9bf9ab28
 def _reflected(x, pad, dim):
@@ -50,8 +58,10 @@ class PadCrop(ImageTransform):
     def encodes(self, x:PILImage):
         p,(w,h) = self.pad,x.size
         i,j = random.randint(0, 2*p),random.randint(0, 2*p)
-        return PILImage.create(np.pad(np.asarray(x), ((p,p),(p,p),(0,0)), mode=self.mode)[i:i+h, j:j+w])
+        kind,sides = (PILImageBW, 2) if x.mode=='L' else (PILImage, 3)
+        return kind.create(np.pad(np.asarray(x), ((p,p),(p,p),(0,0))[:sides], mode=self.mode)[i:i+h, j:j+w])
 
+    @_of_batches
     def encodes(self, x:TensorImage):
         x = x.as_subclass(torch.Tensor)  # each operation on one of fastai's types costs three times as much time
         h,w = x.shape[-2:]
@@ -93,14 +103,22 @@ class HorizontalFlip(ImageTransform):
     split_idx,order = 0,2
     def encodes(self, x:PILImage): return x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else x
 
+    @_of_batches
     def encodes(self, x:TensorImage):
         return _flipped(x, torch.rand(len(x), device=x.device) < 0.5)
 
 # %% ../nbs/03_augment.ipynb #e155947e
 class AlternatingFlip(HorizontalFlip):
-    "Mirror an image in every other epoch; a single draw decides which images begin mirrored (Jordan 2024)"
+    """Mirror an image in every other epoch; a single draw decides which images begin mirrored (Jordan 2024). Raises
+    InputError for batches that do not tell which images they hold"""
     order = 0  # before the others, which do not keep a batch's rows
+    def encodes(self, x:PILImage):
+        raise InputError('AlternatingFlip: keeps count of the images in memory; leave in_memory=True, or take '
+                         'HorizontalFlip')
+
     def encodes(self, x:TensorImage):
+        if not hasattr(x, 'rows'):
+            raise InputError('AlternatingFlip: needs the batches of `cifar_dls`; take HorizontalFlip')
         begins = (x.rows*2654435761 >> 15) & 1  # multiplicative hashing (Knuth): a draw that needs no state
         return _flipped(x, begins == x.epoch % 2)
 
@@ -142,12 +160,15 @@ class Cutout(ImageTransform):
         s = self.size
         x = x.copy()
         left,top = random.randrange(w) - s//2,random.randrange(h) - s//2
-        x.paste(self._rgb(), (max(left,0), max(top,0), min(left + s, w), min(top + s, h)))
+        fill = _grey(self._rgb()) if x.mode=='L' else self._rgb()
+        x.paste(fill, (max(left,0), max(top,0), min(left + s, w), min(top + s, h)))
         return x
 
+    @_of_batches
     def encodes(self, x:TensorImage):
         x = x.as_subclass(torch.Tensor)
-        fill = _colour(self._rgb(), x.device, x.dtype)
+        fill = (_grey(self._rgb()),) if x.shape[1]==1 else self._rgb()
+        fill = _colour(fill, x.device, x.dtype)
         return TensorImage(torch.where(_holes(x, self.size), fill, x))
 
 # %% ../nbs/03_augment.ipynb #74506ab5
@@ -211,11 +232,16 @@ class Albumentations(Transform):
     split_idx,order = 0,1
     def __init__(self,
         aug, # an `albumentations.Compose` or a single transform
+        size:int=None, # side of the images that it is made for; others raise InputError. None: it takes any
     ):
         super().__init__()
         self.aug = aug
+        self.size = size
     def encodes(self, x:TensorCategory): return x  # see `ImageTransform`
     def encodes(self, x:PILImage):
+        if self.size and set(x.size)!={self.size}:
+            raise InputError(f'an augmentation for images of {self.size} pixels a side got one of '
+                             f'{x.width}×{x.height}: give albumentations_augment their size')
         # Workers are forked with the same pipeline: its own generator would draw the same numbers in each of them.
         self.aug.set_random_seed(random.getrandbits(32))
         return PILImage.create(self.aug(image=np.array(x))['image'])
@@ -227,7 +253,8 @@ def albumentations_augment(
     cutout:int=8, # side of the hole in pixels; 0 for none
     flip:bool=True, # mirror one image in two
 ) -> list:
-    "Shift, scale and rotate, crop, flip and one Cutout hole by albumentations, as `item_tfms`"
+    """Shift, scale and rotate, crop, flip and one Cutout hole by albumentations, as `item_tfms`. Raises InputError for
+    images of another size"""
     os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # it would look for a newer version of itself
     import albumentations as A
     steps = [A.PadIfNeeded(size + 8, size + 8, border_mode=4), A.RandomCrop(size, size)]
@@ -237,7 +264,7 @@ def albumentations_augment(
     fill = tuple(round(255*c) for c in mean)
     hole = A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=side, hole_width_range=side, fill=fill,
                            p=0.5) if cutout else None
-    return [Albumentations(A.Compose([*steps, hole] if cutout else steps))]
+    return [Albumentations(A.Compose([*steps, hole] if cutout else steps), size)]
 
 # %% ../nbs/03_augment.ipynb #03albloa
 def load_albumentations(

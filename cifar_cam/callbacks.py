@@ -25,6 +25,11 @@ def _judges_classes(loss):
     inner = getattr(loss, 'func', loss)  # of fastai's losses, and of `partial`
     return isinstance(inner, (nn.CrossEntropyLoss, nn.NLLLoss)) or inner is F.cross_entropy
 
+def _is_own(loss):
+    "Is it the user's own loss, also where it builds on one of PyTorch's or fastai's?"
+    if getattr(loss, 'func', loss) is F.cross_entropy: return False
+    return type(loss).__module__.split('.')[0] not in ('torch', 'fastai', 'cifar_cam')
+
 class CheckOutputs(Callback):
     "Raises InputError if the numbers of outputs and classes differ, in training and in prediction"
     order = -6
@@ -36,6 +41,7 @@ class CheckOutputs(Callback):
     def after_pred(self):
         if self.expected is None: return
         if not isinstance(self.pred, torch.Tensor):
+            if _is_own(self.loss_func): return  # it may well take what the network returns
             raise InputError(f'the network returns a {type(self.pred).__name__}, not a tensor of logits; pass a '
                              'loss_func that takes it, or a network that returns the logits')
         if self.pred.ndim!=2: return
@@ -48,6 +54,10 @@ class StopOnNaN(Callback):
     "Raises InputError if the loss or a weight is not finite, and names the step and the learning rate"
     order = -5
     run_valid = False
+    def before_fit(self):
+        buffers = dict(self.model.named_buffers())
+        sound = torch.stack([v.isfinite().all() for v in buffers.values()]).tolist() if buffers else []
+        self.infinite = {k for k,ok in zip(buffers, sound) if not ok}  # such as the -∞ of a mask, which is meant
     def before_train(self): self.losses,self.rates = [],[]  # of an epoch on a GPU
     def after_loss(self):
         loss = self.loss_grad.detach()
@@ -60,8 +70,8 @@ class StopOnNaN(Callback):
 
     def after_train(self):
         # what the epoch's last step spoils shows in no loss before the checkpoint is written
-        tensors = [o for o in self.model.state_dict().values() if isinstance(o, torch.Tensor)]
-        sound = torch.stack([o.isfinite().all() for o in tensors]).all()
+        tensors = [v for k,v in self._tensors() if k not in self.infinite]
+        sound = torch.stack([v.isfinite().all() for v in tensors]).all()
         if self.losses:
             losses = torch.stack([*self.losses, sound.to(self.losses[0])]).tolist()  # the host waits once
             bad = [i for i,o in enumerate(losses[:-1]) if not abs(o) < float('inf')]
@@ -70,6 +80,7 @@ class StopOnNaN(Callback):
             sound = losses[-1]
         if not sound: self._stop('a weight is not a finite number', self.iter, self._rate())
 
+    def _tensors(self): return [(k, v) for k,v in self.model.state_dict().items() if isinstance(v, torch.Tensor)]
     def _rate(self): return self.opt.hypers[-1]['lr']
     def _stop(self, what, step, lr):
         if hasattr(self.learn, 'lr_finder'): return
@@ -177,6 +188,10 @@ class UpdateRatio(Callback):
         self.steps = []
         self.ratios = {}
         self.accuracies = []  # (steps done, accuracy) after each epoch that has one
+        self.before,self.done = 0,0  # steps of earlier fits, and of this one too
+
+    def before_fit(self):
+        if not hasattr(self.learn, 'gather_preds'): self.before = self.done
 
     def _weights(self): return {n: p.detach() for n,p in self.model.named_parameters() if p.ndim > 1}
 
@@ -184,7 +199,7 @@ class UpdateRatio(Callback):
         self.old = None
         if not hasattr(self.learn, 'lr_finder') and self.train_iter % self.every == 0:
             self.old = {n: p.clone() for n,p in self._weights().items()}
-            self.steps.append(self.train_iter)
+            self.steps.append(self.before + self.train_iter)
 
     def after_batch(self):
         if self.old is None: return
@@ -194,9 +209,10 @@ class UpdateRatio(Callback):
 
     def after_epoch(self):
         if hasattr(self.learn, 'lr_finder'): return
+        self.done = self.before + self.train_iter
         row = self.recorder.values[-1] if self.recorder.values else []
         accuracy = dict(zip(self.recorder.metric_names[1:], row)).get('accuracy')
-        if accuracy is not None: self.accuracies.append((self.train_iter, accuracy))
+        if accuracy is not None: self.accuracies.append((self.done, accuracy))
 
 # %% ../nbs/09b_callbacks.ipynb #e8742e4f
 def _draw_ratios(ax, cb):
@@ -242,16 +258,20 @@ def plot_update_ratios(
 
 # %% ../nbs/09b_callbacks.ipynb #6319084a
 class ProgressiveResize(Callback):
-    "Shrink the training images to `sizes`, each for an equal share of the epochs"
+    "Shrink the training images to `sizes`, each for an equal share of the epochs; the last epoch has the last one"
     run_valid = False
     def __init__(self,
-        sizes:list, # sides in pixels, the last one usually the full size
+        sizes:list, # shorter sides in pixels, the last one usually the full size
     ): self.sizes = list(sizes)
     def before_batch(self):
-        size = self.sizes[int(self.epoch*len(self.sizes)/self.n_epoch)]
-        if size < self.x.shape[-1] and not hasattr(self.learn, 'lr_finder'):
-            x = self.x.as_subclass(torch.Tensor)
-            self.learn.xb = (F.interpolate(x, size=(size, size), mode='bilinear', antialias=True),)
+        if hasattr(self.learn, 'lr_finder'): return
+        last = self.epoch==self.n_epoch - 1
+        size = self.sizes[-1 if last else int(self.epoch*len(self.sizes)/self.n_epoch)]
+        h,w = self.x.shape[-2:]
+        if size >= min(h, w): return
+        shape = tuple(round(side*size/min(h, w)) for side in (h, w))
+        x = self.x.as_subclass(torch.Tensor)
+        self.learn.xb = (F.interpolate(x, size=shape, mode='bilinear', antialias=True),)
 
 # %% ../nbs/09b_callbacks.ipynb #086b75fe
 class FreezeWhitening(Callback):

@@ -7,7 +7,8 @@ __all__ = ['METHODS', 'head_leaf', 'cam_method', 'CamMaps', 'cam_maps', 'all_cam
 
 # %% ../nbs/12_cam.ipynb #9817d61b
 import io
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections import Counter
+from contextlib import contextmanager, ExitStack, nullcontext, redirect_stderr
 from copy import deepcopy
 from functools import partial
 from inspect import signature
@@ -108,7 +109,7 @@ class _Float32(nn.Module):
         self.dtype = as_input(net).dtype
         self.one = False
     def forward(self, x):
-        out = self.net(x.to(self.dtype))
+        out = self.net(x.to(self.dtype, copy=True))  # a network may change it in place
         if self.anything and self.output is None and torch.is_tensor(out): return out.float()
         logits = find_logits(out, self.output).float()
         self.one = logits.shape[1] == 1
@@ -238,21 +239,39 @@ def _images_of(cam, key, x, layer, targets, leaf, acts, grads, eigen_smooth):
 def _fullgrad_maps(model, q, cls, batch_size=16, **kwargs):
     "The library's FullGrad before its last scaling, at the images' size"
     x = q.x
-    with torch.no_grad(): logits = q.net(x)
+    _check_biases(model)
+    with torch.no_grad(), _each_runs_once(model): logits = q.net(x)
     targets,_ = q.ask(logits)
-    if any(isinstance(m, nn.LayerNorm) for m in model.modules()):
-        raise InputError("fullgrad counts the biases of convolutions and batch norms only, "
-                         "and this network has layer norms: choose another method")
     half = any(p.dtype != torch.float32 for p in model.parameters())
     cam = cls(_Float32(deepcopy(model).float() if half else model, q.output, q.net.anything), [], **kwargs)
-    cam.aggregate_multi_layers = _sum_layers
+    cam.aggregate_multi_layers = lambda maps: maps.sum(1)
     try:
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             maps = [cam(x[i:i+batch_size].float(), targets[i:i+batch_size]) for i in range(0, len(x), batch_size)]
     finally: cam.activations_and_grads.release()
     return torch.from_numpy(np.concatenate(maps)).to(x.device),logits
 
-def _sum_layers(maps): return maps.sum(1)
+_COUNTED = nn.Conv2d, nn.BatchNorm2d  # what the library counts, and no subclass of them
+
+def _check_biases(model):
+    for m in model.modules():
+        whitens = isinstance(m, nn.Conv2d) and type(m).forward is nn.Conv2d.forward  # of which the bias is left out
+        biased = torch.is_tensor(getattr(m, 'bias', None)) or isinstance(m, (nn.LayerNorm, nn.GroupNorm))
+        if not biased or type(m) in (*_COUNTED, nn.Linear) or whitens: continue
+        raise InputError(f"fullgrad counts the biases of convolutions and batch norms only, and this network has "
+                         f"those of {type(m).__name__}: choose another method")
+
+@contextmanager
+def _each_runs_once(model):
+    runs = Counter()
+    counted = {n: m for n,m in model.named_modules() if type(m) in _COUNTED and m.bias is not None}
+    with ExitStack() as hooks:
+        for n,m in counted.items(): hooks.enter_context(m.register_forward_hook(lambda *_, n=n: runs.update([n])))
+        yield
+    for n in counted:
+        if runs[n]!=1:
+            raise InputError(f'fullgrad needs each convolution to run once, and {n!r} runs {runs[n]} times: '
+                             'choose another method')
 
 def _refine_maps(cls, found, size):
     "The library's RefineCAM of the maps of several layers, each with the logits"

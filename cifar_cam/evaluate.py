@@ -51,7 +51,7 @@ def save_weights(
     "Write all parameters and buffers of `model`"
     arrays = {}
     for k,v in model.state_dict().items():
-        v = v.detach().cpu().contiguous()
+        v = v.detach().cpu().contiguous().clone()  # layers may share weights, which the format does not
         arrays[k] = v.half() if half and v.is_floating_point() else v
     Path(path).write_bytes(save(arrays))
 
@@ -114,8 +114,11 @@ def evaluate_learner(
 def loader_stats(
     dls:DataLoaders, # any loaders that normalise
 ) -> tuple: # of two lists, one number a channel, 0 to 1
-    "Mean and standard deviation that the images are normalised with, to four digits"
+    """Mean and standard deviation that the images are normalised with, to four digits. Raises InputError where they are
+    not"""
     norm = loader_norm(dls)
+    if norm is None:
+        raise InputError('the loaders do not normalise: give them batch_tfms=Normalize.from_stats(mean, std)')
     return tuple([round(c, 4) for c in o.flatten().tolist()] for o in (norm.mean, norm.std))
 
 # %% ../nbs/18b_evaluate.ipynb #18bfmt01

@@ -23,6 +23,7 @@ from torch import nn
 
 from .core import InputError, save_atomically
 from .augment import TTA
+from .forward import find_logits
 from .interpret import CamInterpretation
 
 # %% ../nbs/16b_evidence.ipynb #16bplai1
@@ -50,11 +51,14 @@ def classifier_of(
     model:nn.Module, # any classifier of images
 ) -> nn.Module:
     "The last linear layer of `model`; its input is the embedding. Raises InputError where there is none"
+    return _linear_layers(model)[-1]
+
+def _linear_layers(model):
     def is_linear(m): return isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size==(1, 1))
     linear = [m for m in model.modules() if is_linear(m)]
     if not linear:
         raise InputError(f'{type(model).__name__}: has no linear layer, so no embedding; give it one as its head')
-    return linear[-1]
+    return linear
 
 # %% ../nbs/16b_evidence.ipynb #17seen01
 @dataclass
@@ -71,29 +75,33 @@ def see_images(
     model:nn.Module, # a classifier of images
     dl:DataLoader, # a loader with labels; see `plain_loader`
     views:str='flip', # what logits are averaged over: a key of `TTA`, or 'plain' for the image alone
+    output=None, # picks the logits from the network's output: see `find_logits`
 ) -> Seen:
     "One pass of `model` over the images of `dl`. Raises InputError for unknown views"
     if views != 'plain' and views not in TTA:
         raise InputError(f"views={views!r}: choose 'plain' or one of {', '.join(TTA)}")
-    given = []
+    given = {}
     rows = []
-    was = model.training
-    hook = classifier_of(model).register_forward_pre_hook(lambda _,args: given.append(args[0]))
+    modes = {m: m.training for m in model.modules()}  # a batch norm may be frozen
+    # the last one that runs; another may be registered behind it
+    hooks = [m.register_forward_pre_hook(lambda _,args: given.update(last=args[0])) for m in _linear_layers(model)]
     try:
         with plain_loader(dl) as dl:
-            for x,y in dl: rows.append((*_see_batch(model.eval(), x, views, given), y.cpu().numpy()))
+            for x,y in dl: rows.append((*_see_batch(model.eval(), x, views, given, output), y.cpu().numpy()))
     finally:
-        hook.remove()
-        model.train(was)
+        for h in hooks: h.remove()
+        for m,mode in modes.items(): m.training = mode
     return Seen(*(np.concatenate(o) for o in zip(*rows)))
 
-def _see_batch(model, x, views, given):
+def _see_batch(model, x, views, given, output):
     "(logits, plain logits, embeddings) of a batch"
     weights = [(None, 1)] if views=='plain' else TTA[views]  # the image as it is comes first in all of them
-    given.clear()
-    seen = [model(x if view is None else view(x)).float() for view,_ in weights]
+    seen = []
+    for view,_ in weights:
+        seen.append(find_logits(model(x if view is None else view(x)), output).float())
+        if len(seen)==1: embeddings = given['last'].float().flatten(1)
     logits = sum(w*l for (_,w),l in zip(weights, seen))/sum(w for _,w in weights)
-    return tuple(o.cpu().numpy() for o in (logits, seen[0], given[0].float().flatten(1)))
+    return tuple(o.cpu().numpy() for o in (logits, seen[0], embeddings))
 
 # %% ../nbs/16b_evidence.ipynb #17temp01
 def temperature(
@@ -217,10 +225,10 @@ def evidence(self:CamInterpretation,
     train = self.learn.dls.train
     if self.dl.dataset is train.dataset or _image_files(self.dl) & _image_files(train):
         raise InputError('the network was trained on some of these images: it has seen their labels; use crossfit')
-    seen = see_images(self.learn.model, self.dl, views)
+    seen = see_images(self.learn.model, self.dl, views, self.output)
     votes = None
     if neighbours:
-        known = see_images(self.learn.model, train, 'plain')
+        known = see_images(self.learn.model, train, 'plain', self.output)
         k = min(100, len(known.targs))
         votes = neighbour_votes(seen.embeddings, known.embeddings, known.targs, len(self.vocab), k)
     names = item_names(self.dl, self.learn.dls.path)

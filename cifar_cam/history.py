@@ -56,12 +56,14 @@ class History(Callback):
         "The rows of a checkpoint: a file that a program copied here may be older, or newer"
         self.rows = state['rows']
         self._write()
+    def _done(self): return getattr(self.learn, 'epoch_number', self.epoch)  # a plain Learner counts those of each fit
     def before_epoch(self):
         self.start = time.perf_counter()
-        self.rows = self.rows[:self.epoch]
+        if not hasattr(self.learn, 'lr_finder'): self.rows = [r for r in self.rows if r['epoch'] <= self._done()]
     def after_train(self): self.trained = time.perf_counter() - self.start
     def after_epoch(self):
-        row = dict(epoch=self.epoch + 1, **{k: float(v) for k,v in self.recorder.row.items()})
+        if hasattr(self.learn, 'lr_finder'): return
+        row = dict(epoch=self._done() + 1, **{k: float(v) for k,v in self.recorder.row.items()})
         if len(self.dls.loaders) > 2:
             logits,targets = predict_loader(self.learn, self.dls[2])
             row['test_accuracy'] = (logits.argmax(1)==targets).double().mean().item()
@@ -77,7 +79,7 @@ class KeepBest(TrackerCallback):
     def __init__(self,
         path:Path, # the .safetensors file
     ):
-        super().__init__('valid_accuracy')
+        super().__init__('valid_accuracy', reset_on_fit=False)  # a second fit has to be better than the first
         self.path = Path(path)
     def state_dict(self) -> dict: return dict(weights=self.weights)
     def load_state_dict(self,

@@ -85,18 +85,18 @@ def plot_images(self:CamInterpretation,
 @patch
 def asked(self:CamInterpretation,
     idxs:list, # places in the data set
-    target:str|list='predicted', # 'predicted', 'actual', 'rival', a class name, or an index for each image
+    target:str|list='predicted', # 'predicted', 'actual', 'rival', a class name, or an index or name for each image
 ) -> torch.Tensor: # class indices
     """The class that each image's map is about. 'rival': the actual class, or for a right prediction the runner-up.
     Raises InputError for another word, and for a target that is not one index for each image"""
     if not isinstance(target, str):
+        if isinstance(target, list): target = [class_index(o, self.vocab) if isinstance(o, str) else o for o in target]
         if (target := torch.as_tensor(target)).shape!=(len(idxs),):
             raise InputError(f"a target of shape {tuple(target.shape)} for {len(idxs)} images: "
                              "pass an index for each, 'predicted', 'actual', 'rival' or the name of a class")
         return target
     actual,predicted = self.targs[idxs],self.preds[idxs]
-    if target=='predicted': return predicted
-    if target=='actual': return actual
+    if target in ('predicted', 'actual'): return predicted if target=='predicted' else actual
     if target=='rival':
         runner_up = self.probs[idxs].scatter(1, predicted[:, None], -torch.inf).argmax(1)
         return torch.where(actual==predicted, runner_up, actual)
@@ -407,16 +407,16 @@ def save_maps(self:CamInterpretation,
     """The maps that `plot_cams` draws for the same images and options of `cams`, with files and classes. Open it by
     `np.load`. Raises InputError if there are no such images"""
     idxs = self.indices(which, k)
-    path = Path(path)
+    path = Path(path if str(path).endswith('.npz') else f'{path}.npz')
     target = kwargs.pop('target', 'predicted')
-    if path.suffix != '.npz': path = path.with_name(f'{path.name}.npz')
     if not idxs:
         raise InputError(self._none(which))
     (maps,blank),(rival_maps,rival_blank) = (self.cams(idxs, t, **kwargs) for t in (target, 'rival'))
     arrays = dict(indices=idxs, files=self.file_names(idxs), targets=self.targs[idxs], predictions=self.preds[idxs],
-                  rivals=self.asked(idxs, 'rival'), probabilities=self.probs[idxs], losses=self.losses[idxs],
-                  vocab=self._names, maps=maps, blank=blank, rival_maps=rival_maps, rival_blank=rival_blank,
-                  method=kwargs.get('method', 'hirescam'), layer=str(kwargs.get('layer', 'auto')))
+                  classes=self.asked(idxs, target), rivals=self.asked(idxs, 'rival'), vocab=self._names,
+                  probabilities=self.probs[idxs], losses=self.losses[idxs], maps=maps, blank=blank,
+                  rival_maps=rival_maps, rival_blank=rival_blank, method=kwargs.get('method', 'hirescam'),
+                  layer=str(kwargs.get('layer', 'auto')))
     def write(file):
         with open(file, 'wb') as f: np.savez_compressed(f, **arrays)
     save_atomically(write, path)

@@ -392,6 +392,8 @@ def cifar_learner(
     "A `Learner` of `arch` and `dls` with accuracy in training and validation. Raises InputError for a wrong seed"
     if isinstance(seed, np.integer): seed = int(seed)
     check_seed(seed)
+    if not hasattr(dls, 'device'):
+        raise InputError("the loaders are PyTorch's: make fastai's, by DataLoaders.from_dsets(train, valid, bs=128)")
     model = arch
     if pretrained and not isinstance(arch, str):
         raise InputError('pretrained=True is for a network given by name: load its weights, and leave pretrained out')

@@ -247,6 +247,10 @@ class MemoryDL(TfmdDL):
                 if self.drop_last and len(i) < self.bs: return
                 yield self._batch(i, None if home is None else home[here])
 
+    def after_iter(self):
+        super().after_iter()
+        self.epoch += 1  # `SeedEpochs` sets it; a plain `Learner` relies on this
+
     def _batch(self, i, home):
         rows = self.rows[i]
         x = TensorImage(self.memory.take(rows, home))

@@ -129,6 +129,7 @@ class Muon(optim.Optimizer):
 def _turn(kernels, steps, lr):
     "Bring `kernels` to their fixed length, then move them by `lr` in all directions alike"
     lengths = torch._foreach_norm(kernels)
+    torch._foreach_clamp_min_(lengths, 1e-12)  # a kernel may begin with zeros
     torch._foreach_reciprocal_(lengths)
     torch._foreach_mul_(lengths, [len(p)**.5 for p in kernels])
     torch._foreach_mul_(kernels, lengths)

@@ -169,9 +169,15 @@ def _weight(strength, alpha):
     t = ((strength - .1)/.65).clip(0, 1)
     return alpha*t*t*(3 - 2*t)
 
+def _as_bytes(pixels):
+    if pixels.dtype.kind!='f': return pixels
+    if pixels.size and not 0 <= pixels.min() <= pixels.max() <= 1:
+        raise InputError(f'pixels from {pixels.min():.3g} to {pixels.max():.3g}: pass bytes, or numbers from 0 to 1')
+    return (255*pixels).round().astype(np.uint8)
+
 def _scaled(image, cam):
     "Image and map as float arrays of one size: the image's, or the next multiple of it above 256 pixels"
-    image = Image.fromarray(np.asarray(image)) if not isinstance(image, Image.Image) else image
+    image = image if isinstance(image, Image.Image) else Image.fromarray(_as_bytes(np.asarray(image)))
     times = max(1, -(-256//max(image.size)))
     image = image.convert('RGB').resize((times*image.width, times*image.height), Image.Resampling.NEAREST)
     cam = Image.fromarray(np.asarray(cam, dtype=np.float32)).resize(image.size, Image.Resampling.BICUBIC)
@@ -179,7 +185,7 @@ def _scaled(image, cam):
 
 # %% ../nbs/13_panels.ipynb #c99181fa
 def overlay(
-    image, # H×W×3 uint8, or a PIL image
+    image, # H×W×3, bytes or numbers in [0,1], or a PIL image
     cam, # h×w in [0,1], of any size; in [-1,1] if `signed`
     alpha:float=0.8, # weight of the map's colours where it is strongest
     cmap:str='inferno', # a matplotlib colour map

@@ -32,7 +32,8 @@ def _known(learn):
         raise InputError('the learner knows no classes, as that of a regression: it has no map of a class')
     norm = loader_norm(dl)
     channels = 3
-    size = next((t.size[::-1] for t in dl.dataset.tls[0].tfms.fs if isinstance(t, Squeeze)), None)
+    pipelines = getattr(dl.dataset, 'tls', None)  # a data set of one's own has none
+    size = next((t.size[::-1] for t in pipelines[0].tfms.fs if isinstance(t, Squeeze)), None) if pipelines else None
     if len(dl.dataset): channels,*size = next(image_batches(dl, [0])).shape[1:] # an exported learner has no images
     stats = (norm.mean.flatten().tolist(), norm.std.flatten().tolist()) if norm else ([0.]*channels, [1.]*channels)
     return dl.vocab,stats,size and tuple(size)

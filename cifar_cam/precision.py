@@ -9,10 +9,11 @@ __all__ = ['PRECISIONS', 'pick_device', 'processor_name', 'has_fp16', 'pick_prec
 # %% ../nbs/08_precision.ipynb #08imp1p
 import ctypes, gc, os, platform, traceback
 from contextlib import ContextDecorator, contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
-from fastai.vision.all import Callback, default_device, get_model, Learner, OptimWrapper, to_float
+from fastai.vision.all import Callback, default_device, get_model, Learner, OptimWrapper
 
 from .core import InputError
 from .optimizers import has_bf16
@@ -74,6 +75,19 @@ def pick_precision(
     return 'bfloat16' if has_bf16(device) else 'float16' if has_fp16(device) else 'float32'
 
 # %% ../nbs/08_precision.ipynb #08half1
+def _channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last) if torch.is_tensor(x) and x.ndim==4 else x
+
+def _in_float32(out):
+    "What a network returns, its tensors in float32: a tensor, or a tuple, list or dict, of a subclass too"
+    if torch.is_tensor(out): return out.float() if out.is_floating_point() else out
+    if isinstance(out, dict):
+        out = copy(out)
+        for k in out: out[k] = _in_float32(out[k])
+        return out
+    if hasattr(out, '_fields'): return type(out)(*map(_in_float32, out))
+    return type(out)(map(_in_float32, out)) if isinstance(out, (list, tuple)) else out
+
 class HalfPrecision(Callback):
     """The forward pass under autocast with channels-last memory, while training and validating; with a gradient scaler
     in float16.
@@ -106,9 +120,9 @@ class HalfPrecision(Callback):
         again"""
         if self._made[0]!=forward:
             device,dtype = next(self.model.parameters()).device.type,self.dtype
-            def halved(x):
-                with torch.autocast(device, dtype): out = forward(x.contiguous(memory_format=torch.channels_last))
-                return to_float(out)  # a tuple, list or dict too
+            def halved(*inputs, **kwargs):
+                with torch.autocast(device, dtype): out = forward(*map(_channels_last, inputs), **kwargs)
+                return _in_float32(out)
             self._made = forward,halved
         return self._made[1]
 
@@ -172,14 +186,30 @@ class HalfPrecision(Callback):
 def full_float32():
     """Inside, products and convolutions of float32 tensors are computed in float32: no TF32 on a GPU, no bfloat16
     instead of it on a CPU"""
-    products = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision('highest')
-    torch.backends.cudnn.allow_tf32 = False
-    try: yield
+    held = _older_switches()
+    try:
+        if held: _set_older_switches('highest', False)
+        else:
+            newer = [(o, o.fp32_precision) for o in _newer_switches()]
+            for o,_ in newer: o.fp32_precision = 'ieee'
+        yield
     finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
+        if held: _set_older_switches(*held)
+        else:
+            for o,v in newer: o.fp32_precision = v
+
+def _older_switches():
+    "(of products, of convolutions); None if the newer ones were set, since PyTorch refuses to use both kinds"
+    try: return torch.get_float32_matmul_precision(),torch.backends.cudnn.allow_tf32
+    except RuntimeError: return None
+
+def _set_older_switches(products, convolutions):
+    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.set_float32_matmul_precision(products)
+
+def _newer_switches():
+    b = torch.backends
+    return b.cuda.matmul,b.cudnn.conv,b.cudnn.rnn,b.mkldnn.matmul,b.mkldnn.conv
 
 # %% ../nbs/08_precision.ipynb #08det1
 @contextmanager

@@ -6,6 +6,7 @@
 __all__ = ['Predictions', 'take_turns', 'image_batches']
 
 # %% ../nbs/13c_predictions.ipynb #14imp1i
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from inspect import Parameter, signature
@@ -100,6 +101,7 @@ class Predictions(ClassificationInterpretation):
         preds:torch.Tensor=None, # the predicted classes: N indices; None: the likeliest
     ):
         super().__init__(learn, dl, losses, act)
+        self.vocab = _vocab(dl)  # fastai takes a plain list of classes for several vocabs
         self.probs = probs
         self.targs = targs
         self.preds = probs.argmax(1) if preds is None else preds
@@ -116,7 +118,10 @@ class Predictions(ClassificationInterpretation):
         Raises InputError for a loader whose images have not one class each, or one that leaves images out"""
         if dl is None and not -len(learn.dls.loaders) <= ds_idx < len(learn.dls.loaders):
             raise InputError(f'ds_idx={ds_idx}: the learner has {len(learn.dls.loaders)} loaders, from 0 on')
-        dl = (learn.dls[ds_idx] if dl is None else dl).new(shuffle=False, drop_last=False)
+        dl = learn.dls[ds_idx] if dl is None else dl
+        if not hasattr(dl, 'new'):
+            raise InputError("the loader is PyTorch's: make fastai's, by DataLoaders.from_dsets(train, valid, bs=128)")
+        dl = dl.new(shuffle=False, drop_last=False)
         _check(dl)
         out,targs,losses = _run(learn, dl, output)
         probs,preds = class_probs(out, len(_vocab(dl)), learn.loss_func, act)
@@ -362,6 +367,9 @@ def _pixels(dl, xb):
     "A normalised batch as uint8 N×H×W×3"
     norm = loader_norm(dl)
     xb = norm.decode(xb) if norm else xb
+    if not norm and ((xb < -.01) | (xb > 1.01)).float().mean() > .01:
+        warnings.warn('these images are drawn cut to 0 to 1, since no Normalize in the loaders says how they were '
+                      'normalised; normalise them by batch_tfms=Normalize.from_stats(mean, std)', stacklevel=2)
     x = (255*xb.detach().float().clamp(0, 1)).round().byte().cpu().as_subclass(torch.Tensor)
     return x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 

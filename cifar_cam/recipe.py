@@ -260,9 +260,11 @@ def _with_effect(r, changes):
     "`r` changed; a change that does nothing is a mistake"
     new = change_recipe(r, **changes)
     idle = without_effect(new)
-    for k in changes:
-        if k in idle:
-            raise InputError(f'{k}={getattr(new, k)!r}: {idle[k]}')
+    if odd := [k for k in changes if k in idle]:
+        raise InputError(f'{odd[0]}={getattr(new, odd[0])!r}: {idle[odd[0]]}')
+    if new.resize and new.size!=r.size and 'resize' not in changes:
+        grown = ','.join(str(round(int(s)*new.size/r.size)) for s in new.resize.split(','))
+        raise InputError(f"size={new.size}: resize={new.resize!r} is for {r.size} pixels; set resize={grown!r} too")
     if 'pipeline' in changes and new.pipeline and not Path(new.pipeline).is_file():
         raise InputError(f'pipeline={new.pipeline!r}: no such file; name one that `A.save` wrote')
     return new
@@ -411,13 +413,11 @@ def fit_recipe(
 ):
     "Train `learn` by the schedule of `r`"
     lr_min,lr = lrs
-    n = r.epochs
-    cbs = list(cbs)
     with deterministic_algorithms(r.deterministic):
-        if   r.schedule=='one-cycle':   learn.fit_one_cycle(n, lr, div=r.div, pct_start=r.pct_start, cbs=cbs)
-        elif r.schedule=='triangle':    learn.fit_triangle(n, lr_min, lr, peak=r.pct_start*n, cbs=cbs)
-        elif r.schedule=='flat-cosine': learn.fit_flat_cos(n, lr, pct_start=r.pct_start, cbs=cbs)
-        else:                           learn.fit(n, lr, cbs=[*_schedule(r, lr), *cbs])
+        if   r.schedule=='one-cycle':   learn.fit_one_cycle(r.epochs, lr, div=r.div, pct_start=r.pct_start, cbs=cbs)
+        elif r.schedule=='triangle':    learn.fit_triangle(r.epochs, lr_min, lr, peak=r.pct_start*r.epochs, cbs=cbs)
+        elif r.schedule=='flat-cosine': learn.fit_flat_cos(r.epochs, lr, pct_start=r.pct_start, cbs=cbs)
+        else:                           learn.fit(r.epochs, lr, cbs=[*_schedule(r, lr), *cbs])
 
 def _schedule(r, lr):
     "The callback of a schedule that has no `fit` method of its own"

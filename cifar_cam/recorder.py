@@ -18,7 +18,9 @@ from .core import shows_bars
 class CrossEntropy(CrossEntropyLossFlat):
     "fastai's `CrossEntropyLossFlat` for one prediction an image, on plain tensors"
     def __call__(self, inp, targ, **kwargs):
-        return self.func(inp.as_subclass(torch.Tensor), targ.as_subclass(torch.Tensor), **kwargs)
+        targ = targ.as_subclass(torch.Tensor)
+        if not targ.is_floating_point(): targ = targ.view(-1).long()
+        return self.func(inp.as_subclass(torch.Tensor), targ, **kwargs)
 
 # %% ../nbs/09c_recorder.ipynb #a7cbc2bf
 class _DeviceLoss(AvgLoss):
@@ -51,6 +53,7 @@ class Accuracy(Metric):
         "Count the hits of a batch, without waiting for the device"
         pred = learn.pred
         y = learn.yb[0]
+        if y.ndim==2 and y.shape[1]==1: y = y[:, 0]
         if not isinstance(pred, torch.Tensor) or pred.ndim!=2 or pred.shape[1] < 2 or y.shape!=pred.shape[:1]: return
         hits = (pred.detach().argmax(1)==y).sum().float()  # an Apple GPU has no float64
         self.hits,self.count = self.hits + maybe_gather(hits),self.count + len(y)

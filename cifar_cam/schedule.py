@@ -104,12 +104,14 @@ def find_lrs(
     show_plot:bool=True, # draw loss against learning rate, both picks marked
 ) -> tuple:
     "`(lr_min, lr_max)` for `fit_triangle`, by Smith's range test on the training images alone"
-    before = deepcopy(learn.model.state_dict())
+    before,opt = deepcopy(learn.model.state_dict()),deepcopy(learn.opt.state_dict()) if learn.opt else None
     picks = suggest_lr_min,suggest_lr_max
     with keep_random():
         try: return tuple(learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=picks, show_plot=show_plot))
         except BaseException:
             learn.model.load_state_dict(before)
+            if opt is None: learn.opt = None
+            else: learn.opt.load_state_dict(opt)
             raise
 
 # %% ../nbs/07_schedule.ipynb #3c73523d

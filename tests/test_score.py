@@ -521,7 +521,7 @@ def test_a_transformer_has_a_scorecard_with_rollout_and_without_fullgrad(coloure
     interp.preds = interp.targs.clone()  # as if it were right
     card = score_cams(interp, ('hirescam', 'rollout', 'fullgrad'), n=2, montages=1, min_prob=0, progress=False)
     assert card.about['methods'] == ['hirescam', 'rollout'] and card.about['shrunk']
-    assert 'fullgrad (' in card.caption() and 'layer norms' in card.caption()
+    assert 'fullgrad (' in card.caption() and 'LayerNorm' in card.caption()
     assert card.stat('rollout', 'gridpg')['mean'] == pytest.approx(.25)  # it hears no class
 
 class Answers(nn.Module):
