@@ -246,22 +246,31 @@ def parquet_files(
     files = sorted(f for f in found if not is_junk(f.name))
     parts = {}
     for f in files:
-        parts.setdefault(_split_of(f), []).append(f)
-    for some in parts.values():
-        if shards := re.search(r'-of-(\d+)$', some[0].stem):
+        named = split_name if f.parent in (path, path.parent) else _part_in  # `path` may be called anything
+        parts.setdefault(_part_in(_stem(f)) or named(f.parent.name), []).append(f)
+    if '' in parts:
+        if len(parts) > 1:
+            raise InputError(f'{parts[""][0]}: names no part, as the others do; call it train, valid or test')
+        parts['train'] = parts.pop('')
+    for part,some in parts.items():
+        if len(folders := sorted({f.parent for f in some})) > 1:
+            raise InputError(f'{folders[0]} and {folders[1]} both hold {part} images; name one of them')
+        if shards := re.search(r'-of-(\d+)$', _stem(some[0])):
             _check_shards(some, shards[1])
     return parts
 
-def _split_of(file):
-    "train-00000-of-00001, cifar10-test, test/0000; train if nothing names a part"
-    words = [split_name(w) for w in re.split(r'[^A-Za-z]+', file.stem)]
+def _stem(file): return re.sub(r'(-of-\d+)-[0-9a-f]{16}$', r'\1', file.stem)  # older sets have a hash at the end
+
+def _part_in(name):
+    "The part that train-00000-of-00001, cifar10-test or test_set names; '' for none, or for several"
+    words = [split_name(w) for w in re.split(r'[^A-Za-z]+', name)]
     named = {w for w in words if w}
-    return words[0] or (named.pop() if len(named) == 1 else split_name(file.parent.name)) or 'train'
+    return words[0] or (named.pop() if len(named) == 1 else '')
 
 def _check_shards(files, total):
     "train-00000-of-00002 needs train-00001-of-00002"
-    begin = files[0].stem[:-len(f'{total}-of-{total}')]
-    there = {f.stem for f in files}
+    begin = _stem(files[0])[:-len(f'{total}-of-{total}')]
+    there = {_stem(f) for f in files}
     for i in range(int(total)):
         if (name := f'{begin}{i:0{len(total)}d}-of-{total}') not in there:
             raise InputError(f'{files[0].parent}: {name}.parquet is missing; fetch it, and name the folder')

@@ -244,7 +244,7 @@ def _fullgrad_maps(model, q, cls, batch_size=16, **kwargs):
     targets,_ = q.ask(logits)
     half = any(p.dtype != torch.float32 for p in model.parameters())
     cam = cls(_Float32(deepcopy(model).float() if half else model, q.output, q.net.anything), [], **kwargs)
-    cam.aggregate_multi_layers = lambda maps: maps.sum(1)
+    cam.aggregate_multi_layers = partial(np.sum, axis=1)
     try:
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             maps = [cam(x[i:i+batch_size].float(), targets[i:i+batch_size]) for i in range(0, len(x), batch_size)]

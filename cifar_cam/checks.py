@@ -211,7 +211,7 @@ def check_speed(
     for r in chosen:
         rate = measure_recipe(r, device, each)
         minutes = r.epochs*images/rate/60
-        about = f'about {minutes:,.0f} minutes for {r.epochs} epochs ({rate:,.0f} images a second)'
+        about = f'about {minutes:,.0f} minutes for {r.epochs} epochs of {images:,} images ({rate:,.0f} a second)'
         found.append(finding(r.name, about))
     return found
 

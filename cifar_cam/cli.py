@@ -8,7 +8,6 @@ __all__ = ['COMMANDS', 'parser', 'main']
 # %% ../nbs/28_cli.ipynb #24imp1c
 import argparse, errno, importlib.util, os, signal, sys, threading
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +25,7 @@ from .scorecard import CAM_METHODS, score_run
 from .recipe import (AS_PUBLISHED, find_recipe, pick_lrs, Recipe, recipe_dls, recipe_learner,
                               recipe_modules, recipe_table)
 from .comparison import show_recipe, SOURCES
-from .run import folder_for, load_run
+from .run import folder_for, load_run, only_resume
 from .report import compare_runs, write_report
 from .experiment import run_recipe, run_seeds, train_run, train_seeds
 from .share import pretrained_run
@@ -85,8 +84,8 @@ def train(
     "Train a recipe. The last line printed is the run's folder"
     given = locals()
     if resume:
-        _only_resume(given)
-        if (Path(resume)/'seeds.json').is_file(): return _say_seeds(train_seeds(resume))
+        only_resume(train, given, ('resume', 'data'))
+        if (Path(resume)/'seeds.json').is_file(): return _say_seeds(train_seeds(resume, data))
         return _say(train_run(resume, data))
     if recipe is None:
         raise InputError('name a recipe (see `cifar-cam recipes`), or a run to resume by --resume')
@@ -97,14 +96,6 @@ def train(
     if labels or wandb:
         raise InputError(f"{'--labels' if labels else '--wandb'}: is for one run; leave out --runs")
     _say_seeds(run_seeds(recipe, data or 'cifar10', out, seed, runs, **kwargs))
-
-def _only_resume(given):
-    "A run is resumed with its own settings"
-    others = {k: v for k,v in given.items() if k not in ('resume', 'data')}
-    odd = [k for k,v in others.items() if v != signature(train).parameters[k].default]
-    if odd:
-        option = odd[0] if odd[0]=='recipe' else '--' + odd[0].replace('_', '-')
-        raise InputError(f"--resume {given['resume']}: keeps the settings of that run; leave out {option}")
 
 # %% ../nbs/28_cli.ipynb #d57cfe3a
 def _changes(settings, **given):

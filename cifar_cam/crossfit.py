@@ -28,8 +28,10 @@ from .evidence import check_evidence, classifier_of, Evidence, load_evidence
 from .triage import loader_copies, read_triage, save_triage, triage_table
 from .recipe import (change_recipe, chooses, find_recipe, fit_recipe, pick_lrs, Recipe, recipe_dls,
                               recipe_learner)
-from .run import (EnvRecord, environment, folder_for, load_run, new_run_folder, read_record,
+from .evaluate import load_weights
+from .run import (EnvRecord, environment, folder_for, load_run, new_run_folder, only_resume, read_record,
                            recipe_from_record)
+from .history import KeepBest
 from .summary import own_modules
 from .report import write_report
 from .share import pretrained_run
@@ -124,7 +126,11 @@ def fit_fold(
     r = recipe_from_record(plan['recipe'])
     dls = fold_dls(r, plan['data'], plan['folds'], k, plan['seed'], plan['device'])
     learn = recipe_learner(r, dls, (1000*plan['seed'] + k) % 2**32, path=path)
-    with learn.no_bar(): fit_recipe(learn, r, pick_lrs(learn, r, show_plot=False))
+    best = path/f'best-{k}.safetensors'
+    with learn.no_bar(): fit_recipe(learn, r, pick_lrs(learn, r, show_plot=False), [KeepBest(best)]*r.keep_best)
+    if r.keep_best:
+        load_weights(learn.model, best)
+        best.unlink()
     n = len(dls.loaders)
     for name,ds_idx in ('test', n - 1), ('fold', n - 2):  # the fold last: with it the step is finished
         CamInterpretation.from_learner(learn, ds_idx).evidence('flip').save(path/f'{name}-{k}.npz')
@@ -276,6 +282,8 @@ def crossfit_command(
     suspects:int=200, # images on the page on which the most doubtful labels are decided
 ):
     "Find wrong labels in the training set, by networks that have not seen them. The last line printed is the folder"
+    given = locals()
+    if resume: only_resume(crossfit_command, given, ('resume', 'suspects'))
     if recipe is None and resume is None:
         raise InputError('name a recipe (see `cifar-cam recipes`), or a folder to go on with by --resume')
     if suspects < 1:

@@ -266,6 +266,8 @@ def _check_same(run, r, data, seed, published_protocol):
     if chooses(r) and _by_test_set(r, published_protocol)!=run.env['published_protocol']:
         chosen = 'the test set' if run.env['published_protocol'] else 'held-out images'
         raise InputError(f'{run.path}: is a run that chose by {chosen}; move it away, or name another path')
+    if run.env.get('decisions_checksum'):
+        raise InputError(f'{run.path}: is a run with decisions about labels; move it away, or name another path')
     if data_checksum(data_path(data))!=run.env['data_checksum']:
         raise InputError(f'{run.path}: is a run on other images than {data}; move it away, or name another path')
 
@@ -327,18 +329,20 @@ def run_seeds(
 # %% ../nbs/21_experiment.ipynb #21trnsee
 def train_seeds(
     path:str|Path, # the folder that `run_seeds` made
+    data:str|Path=None, # where its images are now, if they have moved
 ) -> Path:
     """Train the seeds that are missing, and write `summary.json`. Raises InputError if `path` is no such folder or
     the images differ"""
     def read():
         plan = read_record(Path(path)/'seeds.json', SeedsRecord)
+        plan['data'] = str(data or plan['data'])
         if data_checksum(data_path(plan['data'])) != plan['data_checksum']:
-            raise InputError(f"{plan['data']}: are not the images that {path} was begun with; put those back")
+            raise InputError(f"{plan['data']}: are not the images that {path} was begun with; name those")
         return plan
-    return _train_seeds(Path(path), from_first(read))
+    return _train_seeds(Path(path), from_first(read), data)
 
 @says_how_to_resume
-def _train_seeds(path, plan):
+def _train_seeds(path, plan, data=None):
     rank = rank_distrib()
     n = max(1, num_distrib())
     done = []
@@ -348,7 +352,7 @@ def _train_seeds(path, plan):
     options = {k: plan[k] for k in ('published_protocol', 'tensorboard', 'device')}
     with one_process():
         for s in plan['seeds'][rank::n]:
-            run = train_run(begun[s]) if s in begun else run_recipe(r, plan['data'], path, s, **options)
+            run = train_run(begun[s], data) if s in begun else run_recipe(r, plan['data'], path, s, **options)
             done.append((s, run.path.name, run.metrics['accuracy']))
     done = sorted(from_all(done))
     leave_processes()

@@ -104,12 +104,14 @@ def _odd_file(path):
     return f'; {odd[0]} does not end like an image (.jpg, .png, …)' if odd else ''
 
 # %% ../nbs/01d_formats.ipynb #316e733c
+_ZIP = b'PK\3\4', b'PK\5\6', b'PK\7\x08'  # with files, empty, in parts
+
 def is_archive(
     path:Path, # a file
 ) -> bool:
     "Is the file a zip or a tar? Its name does not matter"
     with open(path, 'rb') as f: begin = f.read(4)
-    return begin[:2] == b'PK' or path.stat().st_size > 0 and tarfile.is_tarfile(path)
+    return begin in _ZIP or path.stat().st_size > 0 and tarfile.is_tarfile(path)
 
 # %% ../nbs/01d_formats.ipynb #8c1630a2
 class _Bound:
@@ -161,7 +163,7 @@ def _zip_parts(info):
 
 # %% ../nbs/01d_formats.ipynb #8913ce76
 def _extract(archive, folder):
-    with open(archive, 'rb') as f: unpack = _unzip if f.read(2) == b'PK' else _untar
+    with open(archive, 'rb') as f: unpack = _unzip if f.read(4) in _ZIP else _untar
     try: unpack(archive, folder)
     except InputError: raise
     except Exception as e:  # the archives and their decompressors have many errors for a broken file
@@ -209,7 +211,9 @@ def converted_images(
     form,path = find_form(path)
     if form == 'parquet': files = sum(parquet_files(path).values(), [])
     else: files = [path/n for n in batch_names(path) if (path/n).is_file()]
-    digest = hashlib.sha256(''.join(f'{f.name} {sha256(f)}\n' for f in files).encode()).hexdigest()
+    root = path if path.is_dir() else path.parent
+    names = [f'{f.relative_to(root).as_posix()} {sha256(f)}\n' for f in files]
+    digest = hashlib.sha256(''.join(names).encode()).hexdigest()
     def fill(folder):
         _WRITERS[form](path, folder/'.written', labels)
         return folder/'.written'

@@ -25,9 +25,9 @@ from fastai.vision.all import (CategoryBlock, cifar_stats, DataBlock, ImageBlock
 from .core import check_seed, data_home, InputError
 from .shapes import shapes_path
 from .photos import NamedImage, Squeeze
-from .tables import (folder_images, has_images, hold_out_test, image_counts, IMAGE_SUFFIXES, is_junk,
+from .tables import (folder_images, has_images, hold_out_test, image_counts, IMAGE_SUFFIXES,
                               keep_table, read_table, split_folders, split_name, split_off, subfolders, TEST_SHARE,
-                              why_no_images)
+                              why_no_class, why_no_images)
 from .formats import converted_images, find_form, find_table, is_archive, unpack_images
 
 # %% ../nbs/02_images.ipynb #671d882c
@@ -102,9 +102,9 @@ def _check_parts(root):
 def _check_classes(root):
     "A `Learner` saves networks beside the classes, in models/"
     for d in subfolders(root):
-        is_models = {f.suffix for f in d.iterdir() if not is_junk(f.name)} == {'.pth'}
-        if not is_models and not has_images(d):
-            raise InputError(f'{d}: {why_no_images(d)}')
+        is_models = d.name == 'models' and not has_images(d)
+        if not is_models and (why := why_no_class(d)):
+            raise InputError(f'{d}: {why}')
 
 def _check_labels(rows, root):
     labels = {split: set(some.label) for split,some in rows.groupby('split')}
@@ -161,10 +161,10 @@ def folder_digest(
     digest = hashlib.sha256()
     below = {}
     form,root = rows.attrs['form'],rows.attrs['root']
-    if form == 'table': root = Path(os.path.commonpath({f.parent for f in rows.file}))
+    if form == 'table': root = Path(os.path.commonpath({os.path.abspath(f.parent) for f in rows.file}))
     for f,label,split in zip(rows.file, rows.label, rows.split):
         folder,name = os.path.split(f)
-        if folder not in below: below[folder] = (Path(folder).relative_to(root)/'_').as_posix()[:-1]
+        if folder not in below: below[folder] = (Path(os.path.abspath(folder)).relative_to(root)/'_').as_posix()[:-1]
         digest.update(os.fsencode(below[folder] + name) + b'\n')
         if form == 'table': digest.update(f'{label}\t{split}\n'.encode())
         try: digest.update(of(f))
@@ -223,8 +223,7 @@ def data_path(
     if isinstance(data, pd.DataFrame): return check_folder(keep_table(data, labels))
     if not isinstance(data, (str, os.PathLike)):
         raise InputError(f"data={reprlib.repr(data)}: name 'cifar10', 'shapes', a folder, an archive or a table")
-    if str(data)=='cifar10': return cifar_path()
-    if str(data)=='shapes': return shapes_path()
+    if data in ('cifar10', 'shapes'): return cifar_path() if data=='cifar10' else shapes_path()
     return _folder_or_archive(data, check_folder, labels)
 
 def held_out_note(
@@ -312,8 +311,9 @@ def splitter(self:ImageSource,
     if not share: return train, test
     if not 0 < share < len(train):
         raise InputError(f'hold_out={share}: choose a share below 1, or a number of images')
-    n = round(share*len(train)) if share < 1 else share
-    return *split_off(train, [rows.label[i] for i in train], n, self.seed, f'hold_out={share}'), test
+    labels = [rows.label[i] for i in train]
+    n = max(round(share*len(train)), len(set(labels))) if share < 1 else share
+    return *split_off(train, labels, n, self.seed, f'hold_out={share}'), test
 
 @patch
 def _with_parts(self:ImageSource, items):
@@ -327,7 +327,7 @@ def _with_parts(self:ImageSource, items):
 
 def _parts_of(items):
     "The part of each file by the parent of its class folder, if all files have one"
-    named = [split_name(o.parent.parent.name) if isinstance(o, Path) else '' for o in items]
+    named = [split_name(Path(o).parent.parent.name) if isinstance(o, (str, Path)) else '' for o in items]
     return named if 'train' in named and all(named) else ['train']*len(named)
 
 # %% ../nbs/02_images.ipynb #41cd6960

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .core import InputError
 from .photos import NamedImage, Squeeze
-from .tables import FileFinder, IMAGE_SUFFIXES, table_separator, usual_column
+from .tables import FileFinder, IMAGE_SUFFIXES, is_image_name, table_separator, usual_column
 
 # %% ../nbs/23_inputs.ipynb #5a39dade
 def open_binary(
@@ -178,12 +178,17 @@ def file_column(
     if column not in names:
         what = 'no column of files' if column is None else f'no column {column!r}'
         raise InputError(f"{path}: has {what}; name one of {', '.join(names)}")
+    if len(names)==1 and is_image_name(column):
+        raise InputError(f'{path}: its first line names an image and no column; write file above it, or end its name '
+                         'in .txt')
     return column
 
 def _in_table(path, column):
     cells = dict(usecols=[file_column(path, column)], dtype=str, keep_default_na=False)
-    for rows in pd.read_csv(path, sep=table_separator(path), chunksize=10_000, **cells):
-        yield from rows.iloc[:, 0]
+    try:
+        for rows in pd.read_csv(path, sep=table_separator(path), chunksize=10_000, **cells): yield from rows.iloc[:, 0]
+    except ValueError as e:
+        raise InputError(f'{path}: is not a table ({_reason(e)}); save it as UTF-8') from None
 
 # %% ../nbs/23_inputs.ipynb #561de7e3
 def where_named(

@@ -322,6 +322,7 @@ class Checkpoint(Callback):
         smooth = self.recorder.smooth_loss
         smooth.count = state['smooth_loss'][0]
         smooth.val = state['smooth_loss'][1].to(self.dls.device)
+        if epoch==self.n_epoch and not rank_distrib(): print(f'{self.path}: has this fit; delete it to train anew')
         self.learn.first_epoch = epoch
         self.learn.epochs_done = max(self.epochs_done, self.epochs_before + epoch)
         self.learn.train_iter = epoch*len(self.dls.train)  # TensorBoard's steps
@@ -357,7 +358,7 @@ def _loss_and_metrics(dls, label_smoothing):
 def _of_images(dls):
     "Size and statistics of the images, which a library's network is built for"
     norm = loader_norm(dls.valid)
-    stats = norm and tuple(o.flatten().tolist() for o in (norm.mean, norm.std))
+    stats = tuple(o.flatten().tolist() for o in (norm.mean, norm.std)) if norm else ([0.]*3, [1.]*3)
     return dict(size=min(_plain_images(dls, 1).shape[2:]), stats=stats)
 
 def _outputs(dls):

@@ -92,11 +92,11 @@ def _timm_net(arch, n_out, side, pretrained):
     own = built or config['input_size'][1]
     return net,own if config.get('fixed_input_size') or not _takes(net, side) else None,(config['mean'], config['std'])
 
-def _takes(net, side):
-    "Does the network take images of that side?"
+def _takes(net, h, w=None):
+    "Does the network take images of that height and width, or of that side?"
     training = net.training
     try:
-        with torch.no_grad(): net.eval()(torch.zeros(1, 3, side, side))
+        with torch.no_grad(): net.eval()(torch.zeros(1, 3, h, w or h))
     except Exception: return False
     finally: net.train(training)
     return True
@@ -109,14 +109,21 @@ def _torchvision_net(arch, n_out, side, pretrained):
     _check_name(arch, known, name in known)
     weights = torchvision_models.get_model_weights(name).DEFAULT
     config = weights.transforms()
-    net = torchvision_models.get_model(name, weights=None, num_classes=n_out)
-    if pretrained: _load_matching(net, weights.get_state_dict(progress=False, check_hash=True))
-    return net,None if _takes(net, side) else config.crop_size[0],(config.mean, config.std)
+    alone = dict(aux_logits=False, init_weights=False) if name in ('googlenet', 'inception_v3') else {}
+    net = torchvision_models.get_model(name, weights=None, num_classes=n_out, **alone)
+    if pretrained: _load_matching(net, torchvision_models.get_model(name, weights=weights, progress=False))
+    any_size = _takes(net, side) and _takes(net, side, side + 32)
+    return net,None if any_size else config.crop_size[0],(config.mean, config.std)
 
-def _load_matching(net, state):
-    "All weights but those of the head, which has as many outputs as there are classes here"
-    own = net.state_dict()
-    net.load_state_dict({k: v for k,v in state.items() if k in own and v.shape==own[k].shape}, strict=False)
+@torch.no_grad()
+def _load_matching(net, whole):
+    "The weights of `whole`, which torchvision itself loaded, but those of the head, which is made for other classes"
+    given = whole.state_dict()
+    for k,v in net.state_dict().items():
+        if v.shape==given[k].shape: v.copy_(given[k])
+        elif len(given[k])!=1000:
+            raise InputError(f'{k}: the pretrained weights are for images of another size; choose another network')
+    if hasattr(whole, 'transform_input'): net.transform_input = whole.transform_input
 
 # %% ../nbs/04b_library.ipynb #04blm1
 def library_model(
@@ -136,6 +143,8 @@ def library_model(
     try: net,only,own_stats = make(arch, n_out, side, pretrained)
     except InputError: raise
     except Exception as e:
+        if 'Invalid pretrained tag' in str(e):
+            raise InputError(f'{arch}: {e}') from None
         if not pretrained:
             raise
         why = (str(e).strip() or type(e).__name__).splitlines()[0].split('. ')[0]

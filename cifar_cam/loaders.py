@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.load import _loaders
-from fastai.vision.all import (apply, Categorize, chunked, cifar_stats, DataLoader, DataLoaders, first,
-                               IntToFloatTensor, ItemTransform, L, mk_transform, noop, Normalize, Pipeline,
+from fastai.vision.all import (apply, Categorize, chunked, cifar_stats, DataLoader, DataLoaders, DihedralItem, first,
+                               FlipItem, IntToFloatTensor, ItemTransform, L, mk_transform, noop, Normalize, Pipeline,
                                TensorCategory, TensorImage, TfmdDL, to_device, Transform)
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
@@ -244,11 +244,8 @@ class MemoryDL(TfmdDL):
             order = torch.tensor(some, pin_memory=self.device is not None and self.device.type == 'cuda')
             there = order.to(self.device, non_blocking=True)
             for i,here in zip(there.split(self.bs), order.split(self.bs)):
-                if self.drop_last and len(i) < self.bs: return
+                if self.drop_last and len(i) < self.bs: break
                 yield self._batch(i, None if home is None else home[here])
-
-    def after_iter(self):
-        super().after_iter()
         self.epoch += 1  # `SeedEpochs` sets it; a plain `Learner` relies on this
 
     def _batch(self, i, home):
@@ -282,7 +279,7 @@ def _item_tfms(tfms, in_memory):
     "The transforms as objects of their own: one keeps the mean of the data it is set up with"
     tfms = [mk_transform(copy(t)) for t in L(tfms)]
     for t in tfms:
-        if in_memory and not _changes_batches(t):
+        if in_memory and (isinstance(t, (FlipItem, DihedralItem)) or not _changes_batches(t)):  # one draw for all
             name = t.name.split()[0].rpartition('.')[2]
             raise InputError(f'{name}: changes single images, not whole batches of them; pass in_memory=False')
     return tfms
@@ -336,16 +333,17 @@ def _decision_rows(path):
         raise InputError(f'decisions={reprlib.repr(path)}: name a table of decisions')
     rows = read_csv(path, 'decisions')
     rows.columns = [str(c).strip().lower() for c in rows.columns]
-    for c in 'file', 'decision', 'label':
-        if c not in rows.columns:
-            raise InputError(f'{path}: has no column {c!r}; its first line must be file,decision,label')
+    if missing := [c for c in ('file', 'decision', 'label') if c not in rows.columns]:
+        raise InputError(f'{path}: has no column {missing[0]!r}; its first line must be file,decision,label')
     return ((n, *map(str.strip, cells)) for n,*cells in rows[['file', 'decision', 'label']].itertuples())
 
 # %% ../nbs/04_loaders.ipynb #04deci02
 class _Decided:
     "A `get_y` that `Learner.export` can keep"
     def __init__(self, root, decided, get_y): self.root,self.decided,self.get_y = root,decided,get_y
-    def __call__(self, item, **kwargs): return self.decided.get(_below(item, self.root)) or self.get_y(item)
+    def __call__(self, item, **kwargs):
+        label = self.decided.get(_below(item, self.root))
+        return self.get_y(item) if label is None else label
 
 def _below(item, root):
     return item.relative_to(root).as_posix() if isinstance(item, Path) and item.is_relative_to(root) else str(item)
@@ -355,9 +353,14 @@ def _follow(decisions, source, items, splits):
     as it is"""
     root = _folder(source, source.path or '.')
     names = {i: _below(items[i], root) for split in splits[:-1] for i in split}
-    decided = read_decisions(decisions, root, {name: str(source.get_y(items[i])) for i,name in names.items()})
+    labels = {name: source.get_y(items[i]) for i,name in names.items()}
+    decided = read_decisions(decisions, root, {name: str(y) for name,y in labels.items()})
     kept = [[i for i in split if decided.get(names[i], '') is not None] for split in splits[:-1]]
-    return (*kept, splits[-1]),_Decided(root, decided, source.get_y)
+    own = {str(y): y for y in labels.values()}  # a `get_y` may give numbers
+    def label(i): return decided.get(names[i], str(labels[names[i]]))
+    if gone := {label(i) for i in sum(kept[1:], [])} - {label(i) for i in kept[0]}:
+        raise InputError(f'decisions: no image of {min(gone)} is left to train on; keep one of those')
+    return (*kept, splits[-1]),_Decided(root, {name: own.get(c, c) for name,c in decided.items()}, source.get_y)
 
 # %% ../nbs/04_loaders.ipynb #a3bca289
 def _batch_size(bs):
@@ -389,7 +392,11 @@ def cifar_dls(
     size = check_size(size)
     single = _item_tfms(item_tfms, in_memory)
     source = ImageSource(hold_out, seed, valid_pct, labels, get_items, get_y)
+    if splitter and (hold_out or valid_pct is not None):
+        raise InputError('splitter and hold_out or valid_pct: both say which images are held out; give one')
     items = source.get_items(data)
+    if not len(items):
+        raise InputError(f'{data}: holds no images; name the folder that holds them')
     rows = source.rows  # as they are in the data; a splitter may make others of them
     splits = (splitter or source.splitter)(items)
     get_y = source.get_y

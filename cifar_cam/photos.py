@@ -8,6 +8,7 @@ __all__ = ['open_photo', 'NamedImage', 'Squeeze']
 # %% ../nbs/01a_photos.ipynb #01aimp1p
 import os
 from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,11 @@ class NamedImage(PILImage):
         **kwargs, # more for `PILImage.create`
     ):
         "The image, opened by `open_photo`"
-        if isinstance(fn, (str, Path, Image.Image)): return cls(open_photo(fn))
-        return super().create(fn, **kwargs)
+        if isinstance(fn, bytes):
+            try: fn = Image.open(BytesIO(fn))
+            except UnidentifiedImageError: raise InputError(f'{len(fn)} bytes that are no image') from None
+        elif not isinstance(fn, (str, Path, Image.Image)): fn = super().create(fn, **kwargs)
+        return cls(open_photo(fn))
 
 # %% ../nbs/01a_photos.ipynb #d4b031d6
 class Squeeze(Transform):

@@ -238,6 +238,8 @@ def predict_images(
     paths = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     _check_asked(top, bs, out, force)
     if cams: cam_method(method)
+    if cams and Path(cams).exists() and not Path(cams).is_dir():
+        raise InputError(f'{cams}: is a file; name a folder')
     device = pick_device(device)
     given = [names_from_stdin() if p=='-' else p for p in paths]
     total = _count_images(given, paths, column, kaggle, cams)
@@ -336,5 +338,6 @@ def predict_command(
     unread = counts.pop('', 0)
     print(f"{sum(counts.values()) + unread:,} images: " + ', '.join(f'{c} {n:,}' for c,n in counts.items()))
     if unread:
-        print(f'{unread:,} could not be read; the column reason says why')
+        told = 'their labels are empty' if kaggle else 'the column reason says why'
+        print(f'{unread:,} could not be read; {told}')
     print(path)

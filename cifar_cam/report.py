@@ -28,6 +28,7 @@ from .interpret import CamInterpretation
 from .scorecard import METRICS
 from .triage import read_triage, triage_summary, VERDICTS
 from .recipe import chooses, RECIPES
+from .evaluate import normalised_as
 from .run import load_run, Run
 from .charts import calibration_chart, chart_panel, chart_place, curve_chart, epoch_span
 from .summary import (class_report, class_table, differing_settings, paired_difference, read_class_report,
@@ -96,7 +97,7 @@ def _n_images(interp, n, budget):
     "How many images fit into `budget` bytes, judged by a few"
     few = list(range(min(20, len(interp.targs))))
     each = 800 + sum(len(_data_uri(o)) for o in interp.images(few))/len(few)
-    return int(min(n, budget//each, len(interp.targs)))
+    return int(max(1, min(n, budget//each, len(interp.targs))))
 
 # %% ../nbs/20_report.ipynb #3eaa6f4f
 def _colours(cmap): return _base64((255*colormaps[cmap](np.arange(256))[:, :3]).round().astype(np.uint8).tobytes())
@@ -345,7 +346,8 @@ def _compared_curves(runs, labels):
 
 def _compared_history(runs, labels):
     frames = [o.history.set_index('epoch')[_test_column(o.history)].rename(label) for o,label in zip(runs, labels)]
-    return _table('Accuracy on test by epoch', pd.concat(frames, axis=1).sort_index().reset_index())
+    table = _table('Accuracy on test by epoch', pd.concat(frames, axis=1).sort_index().reset_index())
+    return dict(table, columns=['epoch', *labels])
 
 def _compared_settings(runs, labels):
     rows = [(k.replace('_', ' '), *map(_value_text, v)) for k,v in differing_settings(runs).items()]
@@ -377,7 +379,7 @@ def _one_size(maps):
 def _compared_gallery(runs, labels, images, budget):
     "(data of the page, hits R×N, reports). Only the first run reads the images; the others look at the same"
     others = [copy(o) for o in runs[1:]]
-    for o in others: o.dls = runs[0].dls
+    for o in others: o.dls = normalised_as(runs[0].dls, o.metrics['mean'], o.metrics['std'])
     interps = [o.interp for o in (runs[0], *others)]
     first = interps[0]
     hits = np.stack([(o.preds==o.targs).numpy() for o in interps])
@@ -411,7 +413,7 @@ def compare_runs(
         hits = np.empty((len(runs), 0), bool)
         reports = [read_class_report(o.path) for o in runs]
     differences = _differences(hits) if same else [None]*len(runs)
-    path = Path(path or runs[0].path.parent/f'comparison-{time.strftime("%Y%m%d-%H%M%S")}.html')
+    path = Path(path or runs[0].path.absolute().parent/f'comparison-{time.strftime("%Y%m%d-%H%M%S")}.html')
     return _render('compare.html', path, page, same=same, runs=list(zip(runs, labels, map(_selected, runs),
                                                                         differences)),
         curves=_compared_curves(runs, labels), history=_compared_history(runs, labels),

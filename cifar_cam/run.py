@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['new_run_folder', 'folder_for', 'environment', 'EnvRecord', 'MetricsRecord', 'read_record', 'recipe_from_record',
-           'read_lrs', 'Run', 'load_run', 'check_parts', 'says_how_to_resume', 'fit_run']
+           'read_lrs', 'Run', 'load_run', 'check_parts', 'says_how_to_resume', 'only_resume', 'fit_run']
 
 # %% ../nbs/19_run.ipynb #19imp1r
 import json, os, platform, reprlib, shlex, time
@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from functools import cached_property, wraps
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ from .learner import Checkpoint
 from .interpret import CamInterpretation
 from .scorecard import methods_at_chance
 from .recipe import chooses, fit_recipe, load_published, pick_lrs, Recipe, recipe_dls, recipe_learner
-from .evaluate import evaluate_learner, image_format, load_weights, loader_stats, normalised_as, save_weights
+from .evaluate import evaluate_learner, image_format, load_weights, normalised_as, save_weights
 from .history import History, KeepBest, read_history, tensorboard_logs, wandb_logs
 
 # %% ../nbs/19_run.ipynb #327ffeab
@@ -81,6 +82,7 @@ def environment(
     "Versions, device, data checksum and seed of a run"
     device = pick_device(device)
     if not isinstance(data, (str, Path)): data = data_path(data)  # a DataFrame, which is kept as a table
+    if isinstance(data, Path) and str(data) in ('cifar10', 'shapes'): data = data.absolute()  # a folder of that name
     gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else None
     packages = 'fastai', 'torch', 'torchvision', 'numpy', 'grad-cam', 'albumentations'
     return dict(data=str(data), data_checksum=data_checksum(data_path(data)), seed=check_seed(seed), device=str(device),
@@ -237,7 +239,9 @@ class Run:
         named = list(m.get('class_accuracy', ()))==CIFAR10 and m['images']==10_000
         # only the real set is normalised by its published numbers: see `is_cifar10`
         whole = named and [m['mean'], m['std']]==[*map(list, cifar_stats)]
-        return 'cifar10' if whole or self.env['data']=='cifar10' else Path(self.env['data']).name
+        if whole or self.env['data']=='cifar10': return 'cifar10'
+        name = Path(self.env['data']).name
+        return f'{name}, of your own' if name=='cifar10' and self.finished and not named else name
 
     @property
     def published(self) -> pd.DataFrame:
@@ -270,8 +274,7 @@ class Run:
         if self.finished and [str(c) for c in dls.vocab] != list(self.metrics['class_accuracy']):
             raise InputError(f'{self.path}: metrics.json has other classes than {data}')
         m = self.metrics  # versions differ in what they take for CIFAR-10, and so in the statistics they measure
-        same = not self.finished or loader_stats(dls)==(m['mean'], m['std'])
-        return dls if same else normalised_as(dls, m['mean'], m['std'])
+        return normalised_as(dls, m['mean'], m['std']) if self.finished else dls
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -306,6 +309,8 @@ class Run:
         "`(lr_min, lr)`: found once, then read from the folder"
         path = self.path/'lrs.json'
         if not path.exists():
+            if self.finished and 'find' in (self.recipe.lr, self.recipe.lr_min):
+                raise InputError(f'{path}: is missing, and a trained network cannot tell what the finder found')
             before = plt.get_fignums()
             found = pick_lrs(self.learn, self.recipe)
             if new := set(plt.get_fignums()) - set(before): self.save_figure(plt.figure(max(new)), 'lr_find')
@@ -358,6 +363,18 @@ def says_how_to_resume(
         except KeyboardInterrupt as e:
             raise type(e)(f'resume with `cifar-cam train --resume {shlex.quote(str(path))}`') from None
     return wrapped
+
+# %% ../nbs/19_run.ipynb #19onlyr2
+def only_resume(
+    command, # a function of the command line that takes `resume`
+    given:dict, # its arguments
+    keep:tuple=('resume',), # those that may be given
+):
+    "Raises InputError for an argument that would be ignored"
+    defaults = {k: p.default for k,p in signature(command).parameters.items()}
+    if odd := [k for k,v in given.items() if k not in keep and v!=defaults[k]]:
+        option = odd[0] if odd[0]=='recipe' else '--' + odd[0].replace('_', '-')
+        raise InputError(f"--resume {given['resume']}: goes on as it was begun; leave out {option}")
 
 # %% ../nbs/19_run.ipynb #d9a4b2c2
 @says_how_to_resume

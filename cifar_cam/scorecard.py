@@ -331,6 +331,7 @@ def score_run(
     card = score_cams(learn, **kwargs)
     with writing(path): (path/'figures').mkdir(parents=True, exist_ok=True)
     card.save(path/'score.json')
+    if isinstance(learn, CamInterpretation): learn.at_chance = methods_at_chance(path/'score.json')
     fig = card.plot()
     save_atomically(lambda f: fig.savefig(f, format='png', dpi=110, bbox_inches='tight'),
                     path/'figures'/'scorecard.png')

@@ -97,7 +97,7 @@ def begin_sweep(
     path = new_run_folder(f'{r.name}-sweep', out)
     named = [] if isinstance(recipe, Recipe) else recipe_modules(recipe)
     plan = dict(recipe=asdict(whole), settings=list(settings), data=env['data'], trials=trials, seed=seed, prune=prune,
-                storage=str(storage), study=path.name, device=device and str(device),
+                storage=_absolute(storage), study=path.name, device=device and str(device),
                 modules=_modules(named, whole, space))
     try:
         write_json(dict(plan, data_checksum=env['data_checksum']), path/'sweep.json')
@@ -109,6 +109,12 @@ def begin_sweep(
     return sweep
 
 # %% ../nbs/25c_search.ipynb #25cmodc1
+def _absolute(storage):
+    "A journal's or database's file as it is named from any working folder"
+    kind,_,file = str(storage).rpartition('sqlite:///')
+    if file in ('sqlite', 'journal', ':memory:') or '://' in file: return str(storage)
+    return ('sqlite:///' if str(storage).startswith('sqlite:///') else '') + os.path.abspath(os.path.expanduser(file))
+
 def _check_effect(r, space, shared):
     "Raises InputError for a value that changes nothing in any trial"
     ruled = [[(k, v) for v in _ends(space[k])] for k in ('schedule', 'augment', 'steps', 'pipeline') if k in space]
@@ -151,7 +157,7 @@ def trial_recipe(
     params:dict, # field → value of a trial
 ) -> Recipe:
     "The recipe of a trial: it holds images out, whatever it trains with"
-    return change_recipe(r, **params, keep_best=True)
+    return change_recipe(r, **(params | dict(keep_best=True)))
 
 # %% ../nbs/25c_search.ipynb #15a72437
 class JudgeTrial(Callback):
@@ -176,7 +182,10 @@ class JudgeTrial(Callback):
 # %% ../nbs/25c_search.ipynb #3c29cf44
 def _trial_folder(sweep, trial, r, env):
     path = sweep.path/f'trial-{trial.number:03d}'
-    path.mkdir(parents=True, exist_ok=True)
+    try: path.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(f'{path}: is there, but {sweep.plan["storage"]} knows of no such trial; put that storage '
+                         'back, or begin another sweep') from None
     write_json(asdict(r), path/'recipe.json')
     write_json(dict(env, processes=1, published_protocol=False, tensorboard=False), path/'env.json')
     return path
@@ -187,7 +196,7 @@ def _train_trial(sweep, trial, env):
     path = _trial_folder(sweep, trial, r, env)
     trial.set_user_attr('folder', path.name)
     run = load_run(path)
-    judge = JudgeTrial(trial, sweep.recipe.keep_best)
+    judge = JudgeTrial(trial, trial.params.get('keep_best', sweep.recipe.keep_best))
     try:
         with run.learn.no_bar(), run.learn.no_logging():
             written = History(path/'history.csv'),Checkpoint(path/'checkpoint.pt'),KeepBest(path/'best.safetensors')
@@ -243,6 +252,7 @@ def _fail_orphans(sweep):
                 sweep.study.tell(t.number, state=optuna_package().trial.TrialState.FAIL)
 
 def _lives(pid):
+    if os.name=='nt': return True  # there the question itself would end it
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -109,11 +109,15 @@ def ship_run(
 ) -> Run: # what lies there
     "A run folder small enough for a wheel. Its metrics are those of the rounded weights"
     path = Path(path)
+    if path.resolve()==run.path.resolve():
+        raise InputError(f'{path}: is the run itself; name another folder')
+    model = run.model  # a run that is not finished has none
     learn = recipe_learner(run.recipe, run.dls, run.env['seed'])
     path.mkdir(parents=True, exist_ok=True)
-    for name in 'recipe.json', 'env.json', 'history.csv', 'score.json', 'decisions.csv':
+    for name in 'recipe.json', 'env.json', 'history.csv', 'lrs.json', 'score.json', 'decisions.csv':
         if (run.path/name).exists(): shutil.copy(run.path/name, path/name)
-    save_weights(run.model, path/'weights.safetensors', half=True)
+        else: (path/name).unlink(missing_ok=True)  # of a run that was shipped there before
+    save_weights(model, path/'weights.safetensors', half=True)
     load_weights(learn.model, path/'weights.safetensors')
     measured = evaluate_learner(learn, learn.dls[-1], run.recipe.tta)
     write_json(run.metrics | measured | dict(weights_sha256=sha256(path/'weights.safetensors')), path/'metrics.json')

@@ -82,6 +82,8 @@ def parse_space(
     return space,shared
 
 def _is_value(r, k, text):
+    "Is `text`, which has a comma, one value and not several?"
+    if k not in ('resize', 'steps', 'published_as') and not (k=='pipeline' and Path(text).is_file()): return False
     with suppress(InputError):
         _typed(r, k, text)
         return True

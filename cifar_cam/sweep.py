@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from .core import InputError, save_atomically
 from .recipe import RECIPES, Recipe, change_recipe, chooses, without_effect
 from .parallel import from_all, from_first, join_processes, leave_processes, one_process
-from .run import folder_for, read_lrs
+from .run import folder_for, only_resume, read_lrs
 from .summary import own_modules
 from .page import write_page
 from .space import quiet_optuna
@@ -46,8 +46,8 @@ def _trial_row(t):
     seen = t.intermediate_values
     accuracy = t.value if t.state.name=='COMPLETE' else seen[max(seen)] if seen else None
     attributes = {k: t.user_attrs.get(k, '') for k in ('folder', 'reason')}
-    return dict(trial=t.number, state=t.state.name.lower(), accuracy=accuracy, epochs=len(seen), **t.params,
-                seconds=seconds, **attributes)
+    known = dict(trial=t.number, state=t.state.name.lower(), accuracy=accuracy, epochs=len(seen))
+    return known | t.params | dict(seconds=seconds, **attributes)
 
 # %% ../nbs/26_sweep.ipynb #07a26194
 def best_recipe(
@@ -207,10 +207,9 @@ def sweep_command(
     device:str=None, # cpu, cuda, ...; the best there is by default
 ):
     "Search settings of a recipe, judged on held-out images. The last line printed is the sweep's folder"
+    given = locals()
     if resume:
-        if recipe or set:
-            what = 'the recipe' if recipe else '--set'
-            raise InputError(f'--resume {resume}: goes on as that sweep was begun; leave out {what}')
+        only_resume(sweep_command, given)
         sweep = join_sweep(resume)
     elif recipe is None:
         raise InputError('name a recipe (see `cifar-cam recipes`), or a sweep to go on with by --resume')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'TEST_SHARE', 'split_name', 'is_junk', 'subfolders', 'is_image_name', 'folder_images', 'has_images',
-           'first_other', 'why_no_images', 'image_counts', 'split_folders', 'fill_once', 'usual_column',
+           'first_other', 'why_no_images', 'why_no_class', 'image_counts', 'split_folders', 'fill_once', 'usual_column',
            'table_columns', 'FileFinder', 'table_separator', 'read_csv', 'read_table', 'keep_table', 'split_off',
            'hold_out_test']
 
@@ -84,6 +84,14 @@ def why_no_images(
     if not (name := first_other(path)): return 'no images in this class; fill the folder, or remove it'
     return f'no images in this class: {name} does not end like one (.jpg, .png, …); rename its files, or move it away'
 
+def why_no_class(
+    path:Path, # a folder among those of classes
+) -> str:
+    "Why the folder is none: it has no images, or is called as a part of a set is; '' if it may be one"
+    if not has_images(path): return why_no_images(path)
+    return 'has images, but no class folders; move it away, or rename it if it is a class'*(
+        split_name(path.name) in ('test', 'valid'))
+
 # %% ../nbs/01b_tables.ipynb #4bc50c9c
 def image_counts(
     path:Path, # a folder of `<class>/<image>`
@@ -160,6 +168,8 @@ def table_columns(
     chosen:dict=None, # 'file', 'label' or 'split' → name of its column, where that is none of the usual ones
 ) -> dict: # 'file', 'label', 'split' → name of the column; no 'split' where there is none
     "The columns of file, label and split. Raises InputError if file or label is missing"
+    if twice := [c for c,n in Counter(rows.columns).items() if n > 1]:
+        raise InputError(f'{name}: has two columns {twice[0]!r}; rename one')
     chosen = {kind: c for kind,c in (chosen or {}).items() if c is not None}
     for c in chosen.values():
         if c not in rows.columns:

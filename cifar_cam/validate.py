@@ -60,6 +60,7 @@ def labelled_images(
     "The test images of a labelled set. Raises InputError that says what is missing"
     if str(data) in ('cifar10', 'shapes'):
         path = data_path(data)
+        if path.is_file(): return _table_labels(path, column, label)
     elif (path := Path(data).expanduser()).suffix.lower() in ('.csv', '.tsv') and path.is_file():
         return _table_labels(path, column, label)
     elif path.is_file():
@@ -121,7 +122,7 @@ def validate_run(
     out = Path(out) if out else run.path/'validation'/_set_name(data)
     _check_out(out, force)
     items = labelled_images(data, column, label)
-    learn = cifar_learner(labelled_dls(items, run, device=device), run.model)
+    learn = cifar_learner(labelled_dls(items, run, device=device), run.model, precision=run.recipe.precision)
     numbers = _both_numbers(run, data, items, evaluate_learner(learn, learn.dls.valid, run.recipe.tta))
     interp = CamInterpretation.from_learner(learn)
     with folder_for(out):
@@ -167,6 +168,7 @@ def _files_digest(items):
 def _write_validation(run, interp, numbers, out):
     with writing(out):
         (out/'figures').mkdir(exist_ok=True)
+        (out/'metrics.json').unlink(missing_ok=True)  # of what is written over
     drawn = dict(classes=plot_class_differences(numbers), confusion_matrix=interp.plot_confusion_matrix(),
                  misclassified=interp.plot_images(20, 'misclassified'))
     for name,fig in drawn.items():
