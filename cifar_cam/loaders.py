@@ -79,7 +79,7 @@ def cached_images(
     except InputError as e:
         warnings.warn(f'the decoded images cannot be kept: {e}')
         return _decode(list(rows.file), size)
-    now = fingerprint(path, rows)
+    now = fingerprint(path, rows) + ' 2'  # to be raised when `open_photo` or `Squeeze` give other pixels
     try:
         with safe_open(file, 'pt') as f:
             about = f.metadata()

@@ -62,7 +62,8 @@ def _blends(files, n, rng):
     "(class, image, of what) of `n` pictures that are two in one"
     pairs = [(files[i], files[j]) for i,j in rng.integers(0, len(files), (20*n, 2))]
     two = [(a, b) for a,b in pairs if a.parent.name != b.parent.name][:n]
-    return [(a.parent.name, Image.blend(open_photo(a), open_photo(b), .5), b.parent.name) for a,b in two]
+    def blend(a, b): return Image.blend(a, b.resize(a.size), .5)
+    return [(a.parent.name, blend(open_photo(a), open_photo(b)), b.parent.name) for a,b in two]
 
 def _copies(files, n, rng):
     "(class, image, of what) of `n` pictures that are there already"
@@ -97,12 +98,20 @@ def doubtful_set(
     if path.exists():
         raise InputError(f'{path}: is there already; name a new folder')
     files = {s: [f for f in image_files(root) if f.parent.parent.name==s] for s in ('train', 'test')}
-    rows = _relabel(files[split], root, path, flipped, seed, similar)
-    other = 'test' if split=='train' else 'train'
-    _relabel(files[other], root, path, 0, seed, None)
-    rows += _add(path, _blends(files['test'], blends, rng), 'blend')
-    rows += _add(path, _copies(files['train'], copies, rng), 'copy')
-    pd.DataFrame(rows, columns=['file', 'kind', 'label', 'of']).fillna('').to_csv(path/'truth.csv', index=False)
+    if not all(files.values()):
+        raise InputError(f'{data}: needs images in train/<class> and in test/<class>')
+    if copies > len(files['train']):
+        raise InputError(f"copies={copies}: there are only {len(files['train'])} training images to copy")
+    try:
+        rows = _relabel(files[split], root, path, flipped, seed, similar)
+        other = 'test' if split=='train' else 'train'
+        _relabel(files[other], root, path, 0, seed, None)
+        rows += _add(path, _blends(files['test'], blends, rng), 'blend')
+        rows += _add(path, _copies(files['train'], copies, rng), 'copy')
+        pd.DataFrame(rows, columns=['file', 'kind', 'label', 'of']).fillna('').to_csv(path/'truth.csv', index=False)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)  # half of it would be taken for the whole
+        raise
     return path
 
 # %% ../nbs/17b_truth.ipynb #17meas01

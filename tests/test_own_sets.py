@@ -17,6 +17,7 @@ from cifar_cam.library import library_model
 from cifar_cam.loaders import cifar_dls
 from cifar_cam.photos import NamedImage
 from cifar_cam.schedule import Plateau
+from cifar_cam.truth import doubtful_set
 
 
 def draw(path, seed=0, size=(32, 32), **options):
@@ -206,3 +207,16 @@ def test_a_plateau_raises_no_rate_to_its_floor():
     p.best,p.idx,p.wait,p.new_best = 1.,0,0,False
     p.after_epoch()
     assert set_to[-1] == [1e-6, 5e-3]
+
+
+# --- a set that is spoilt on purpose
+
+def test_a_spoilt_set_is_whole_or_not_there(tmp_path, monkeypatch):
+    for part in 'train', 'test': fill(tmp_path/'s'/part)
+    draw(tmp_path/'s'/'test'/'cat'/'wide.png', size=(20, 50))
+    with pytest.raises(InputError, match='only 12 training images'): doubtful_set(tmp_path/'new', tmp_path/'s')
+    assert not (tmp_path/'new').exists()
+    assert (doubtful_set(tmp_path/'new', tmp_path/'s', blends=20, copies=3)/'truth.csv').exists()   # of photos of two sizes
+    monkeypatch.setattr('cifar_cam.truth._copies', lambda *_: 1/0)
+    with pytest.raises(ZeroDivisionError): doubtful_set(tmp_path/'half', tmp_path/'s', copies=3)
+    assert not (tmp_path/'half').exists()
