@@ -160,8 +160,9 @@ def folder_digest(
     rows = image_table(path) if rows is None else rows
     digest = hashlib.sha256()
     below = {}
-    form,root = rows.attrs['form'],rows.attrs['root']
-    if form == 'table': root = Path(os.path.commonpath({os.path.abspath(f.parent) for f in rows.file}))
+    form = rows.attrs['form']
+    folders = {f.parent for f in rows.file} if form == 'table' else [rows.attrs['root']]
+    root = os.path.commonpath([*map(os.path.abspath, folders)])
     for f,label,split in zip(rows.file, rows.label, rows.split):
         folder,name = os.path.split(f)
         if folder not in below: below[folder] = (Path(os.path.abspath(folder)).relative_to(root)/'_').as_posix()[:-1]
@@ -311,9 +312,8 @@ def splitter(self:ImageSource,
     if not share: return train, test
     if not 0 < share < len(train):
         raise InputError(f'hold_out={share}: choose a share below 1, or a number of images')
-    labels = [rows.label[i] for i in train]
-    n = max(round(share*len(train)), len(set(labels))) if share < 1 else share
-    return *split_off(train, labels, n, self.seed, f'hold_out={share}'), test
+    n = max(round(share*len(train)), rows.label.iloc[train].nunique()) if share < 1 else share
+    return *split_off(train, [rows.label[i] for i in train], n, self.seed, f'hold_out={share}'), test
 
 @patch
 def _with_parts(self:ImageSource, items):
