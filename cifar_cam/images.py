@@ -103,7 +103,7 @@ def _check_classes(root):
     "A `Learner` saves networks beside the classes, in models/"
     for d in subfolders(root):
         is_models = d.name == 'models' and not has_images(d)
-        if not is_models and (why := why_no_class(d)):
+        if not is_models and (why := why_no_class(d, root)):
             raise InputError(f'{d}: {why}')
 
 def _check_labels(rows, root):

@@ -14,6 +14,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, get_type_hints
+from warnings import warn
 
 try: import tomllib
 except ModuleNotFoundError: import tomli as tomllib  # Python 3.10
@@ -200,8 +201,6 @@ def without_effect(
         idle |= {k: own for k in ('flip', 'cutout') if is_set(k)}
     if r.schedule=='steps' and not r.steps:
         idle |= dict.fromkeys(('schedule', 'steps'), "such a schedule needs steps, as in steps='30:0.1'")
-    if r.schedule=='steps' and all(epoch >= r.epochs for epoch,_ in read_steps(r.steps)):
-        idle.setdefault('steps', f'comes after the last of {r.epochs} epochs; name earlier ones')
     return idle
 
 # %% ../nbs/18_recipe.ipynb #18pubrec
@@ -252,12 +251,13 @@ def _with_effect(r, changes):
     "`r` changed; a change that does nothing is a mistake"
     new = change_recipe(r, **changes)
     idle = without_effect(new)
-    # fewer epochs may leave no step
-    if odd := [k for k in (*changes, *['steps']*('epochs' in changes and new.schedule=='steps')) if k in idle]:
+    if odd := [k for k in changes if k in idle]:
         raise InputError(f'{odd[0]}={getattr(new, odd[0])!r}: {idle[odd[0]]}')
     if new.resize and new.size!=r.size and 'resize' not in changes:
         grown = ','.join(str(round(int(s)*new.size/r.size)) for s in new.resize.split(','))
         raise InputError(f"size={new.size}: resize={new.resize!r} is for {r.size} pixels; set resize={grown!r} too")
+    if changes and new.schedule=='steps' and all(epoch >= new.epochs for epoch,_ in read_steps(new.steps)):
+        warn(f'steps={new.steps!r}: come after the last of {new.epochs} epochs, so the learning rate never falls')
     if 'pipeline' in changes and new.pipeline and not Path(new.pipeline).is_file():
         raise InputError(f'pipeline={new.pipeline!r}: no such file; name one that `A.save` wrote')
     return new

@@ -86,11 +86,14 @@ def why_no_images(
 
 def why_no_class(
     path:Path, # a folder among those of classes
+    root:Path, # the folder of all
 ) -> str:
-    "Why the folder is none: it has no images, or is called as a part of a set is; '' if it may be one"
+    """Why the folder is none: it has no images, or is called as a part of a set is; '' if it may be one. Where trains
+    are a class, a test may be one too"""
     if not has_images(path): return why_no_images(path)
-    return 'has images, but no class folders; move it away, or rename it if it is a class'*(
-        split_name(path.name) in ('test', 'valid'))
+    trains = any(split_name(d.name)=='train' for d in subfolders(root))
+    is_part = split_name(path.name) in ('test', 'valid') and not trains
+    return 'has images, but no class folders; move it away, or rename it if it is a class'*is_part
 
 # %% ../nbs/01b_tables.ipynb #4bc50c9c
 def image_counts(

@@ -76,7 +76,7 @@ def test_a_killed_fold_is_trained_again_and_the_others_are_not(folded, quick, tm
 
 def test_a_fold_that_fails_says_which_and_keeps_the_others(colours, quick, tmp_path, monkeypatch):
     real = X.fit_recipe
-    def fails(learn, r, lrs):
+    def fails(learn, r, lrs, cbs=()):
         if (next(tmp_path.glob('davidnet*'))/'fold-0.npz').exists(): raise InputError('the loss is nan in epoch 0, step 3: try a lower one')
         real(learn, r, lrs)
     monkeypatch.setattr(X, 'fit_recipe', fails)
