@@ -70,7 +70,9 @@ def test_each_column_of_the_results_is_that_of_the_records(monkeypatch):
         cells = [c.strip() for c in line.split('|')[1:-1]]
         assert cells[3:5] == [f'{100*low:.2f} to {100*high:.2f}', f'{tta:.2f}'] and cells[7] == f'{minutes:.0f}'
         recipe = json.loads((runs[0]/'recipe.json').read_text())
-        if recipe['name']=='speedrun' and not tables.changed(recipe): assert f'**{tta:.2f} % on CIFAR-10 after {minutes:.0f} minutes' in (ROOT/'README.md').read_text()
+        if recipe['name']=='speedrun' and not tables.changed(recipe):
+            said = f'{tta:.2f} % on CIFAR-10 after {minutes:.0f} minutes',f'reached {tta:.2f} % after {minutes:.0f} minutes'   # of the fastest record, of others
+            assert any(o in (ROOT/'README.md').read_text() for o in said)
 
 
 def test_a_record_is_copied_whole_and_an_unfinished_run_is_refused(finished, tmp_path, monkeypatch):
