@@ -184,7 +184,7 @@ def gather():
     for m in modules: out[f'api/{m.name}.md'] = api.page(m).encode()
     reading = table(['notebook', 'about'], [[f'[{Path(p).stem}]({place(p)})', front(notebooks[p])[1]] for p in numbered])
     listed = table(['module', 'about'], [[f'[{m.name}](api/{m.name}.md)', api.text(m.doc)] for m in modules])
-    starred = re.findall(r'from cifar_cam\.(\w+) import \*', (ROOT/'cifar_cam'/'all.py').read_text())
+    starred = re.findall(r'^from cifar_cam\.(\w+) import \*', (ROOT/'cifar_cam'/'all.py').read_text(), re.M)
     filled = dict(all=f"The names are those of {', '.join(f'`{m}`' for m in starred)}.", recipes=sections, settings=settings, records=details, notebooks=reading, modules=listed.replace('](api/', ']('),
                   experiments=_toctree('', [doc(p) for p in notebooks if p.startswith('nbs/experiments/')]).replace(':caption: \n', ''))
     for f in sorted((ROOT/'docs').glob('*.md')):
