@@ -61,7 +61,7 @@ WORDS = [(TRAIN + words, word) for words,word in [
     ('--bs 0', 'bs=0'), ('--bs 1', 'bs=1'), ('--bs -8', 'bs=-8'), ('--bs 128', 'to train on'), ('--bs 128 --runs 2', 'to train on'), ('--bs 99999999999', 'bs='),
     ('--set lr=nan', 'lr=nan'), ('--set lr=1e400', 'lr=1e400'), ('--set lr=-1', 'lr=-1'), ('--set lr=', 'lr='), ('--set lr', 'KEY=VALUE'), ('--set =3', "''"),
     ('--set lr=.1 --set lr_min=.2', 'lr_min=0.2'), ('--set size=0', 'size=0'), ('--set size=99999', 'size=99999'), ('--set cutout=-1', 'cutout=-1'),
-    ('--set norm=', 'norm='), ('--set arch=vgg', 'vgg'), ('--set schedule=plateau --set hold_out=.0001', 'hold_out=0.0001'), ('--set hold_out=nan', 'hold_out=nan'),
+    ('--set norm=', 'norm='), ('--set arch=vgg', 'vgg'), ('--set schedule=plateau --set hold_out=.0001', 'hold_out=.0001'), ('--set hold_out=nan', 'hold_out=nan'),
     ('--set name=../up', '../up'), ('--set seed=3', 'seed'), ('--set r=3', "'r'"), ('--set data=x', "'data'"), (f'--set name={LONG}', 'name='), ('--runs -1', 'runs=-1'), ('--device meta', 'meta'), ('--device cpu:7', 'cpu:7'), ('--device xpu', 'xpu'),
     ('--out file', 'file: is a file'), ('--out file/deeper', 'file'), (f'--out {LONG}', 'File name too long'), (f'--out new/and/{LONG}', 'File name too long'), ('--out /proc/none', '/proc/none'),
     ('--out new --bs 128', 'to train on'), ('--out new/er --runs 3 --bs 128', 'to train on'), ('--resume {run}', 'leave out recipe')]] + [
