@@ -38,7 +38,8 @@ def attention_matrices(
     x:torch.Tensor, # images as the model takes them: N×C×H×W
 ) -> tuple: # (list of N×L×L, one for each block; the model's output)
     "The attention of every block, averaged over heads. Raises InputError if tokens do not attend to the whole image"
-    with untouched(model), sdpa_kernel(SDPBackend.MATH), _Attentions(len(x)) as caught: out = model(x)
+    with untouched(model), sdpa_kernel(SDPBackend.MATH), _Attentions(len(x)) as caught:
+        out = model(x.clone()) # a network may change it in place
     if not caught.found and not caught.odd:
         raise InputError("the network has no attention: rollout is for transformers; choose another method")
     if caught.odd or len({a.shape for a in caught.found}) > 1:

@@ -17,7 +17,8 @@ import pandas as pd
 from PIL import Image
 
 from .core import InputError, with_bar
-from .tables import image_counts, is_image_name, is_junk, split_name, table_columns
+from .tables import (image_counts, is_image_name, is_junk, part_name, split_name, table_columns,
+                              usual_column)
 
 # %% ../nbs/01c_batches.ipynb #0ab8c634
 class _Dtype:
@@ -285,7 +286,7 @@ def _label_column(path, labels):
     try: names = _pyarrow().read_schema(path).names
     except (OSError, ValueError) as e:
         raise InputError(f'{path}: cannot be read as parquet ({e}); fetch it again') from None
-    return table_columns(pd.DataFrame(columns=['file', *names]), path, labels)['label']
+    return table_columns(pd.DataFrame(columns=['file', *(n for n in names if n != 'file')]), path, labels)['label']
 
 def _image_column(schema, path):
     import pyarrow.types as types
@@ -351,11 +352,23 @@ def write_parquet(
     for split,files in parquet_files(path).items():
         if split == 'test' and _unlabelled(files, labels): continue  # nothing can be measured on it
         for f in files:
+            own = _own_parts(f)
             for i,(label,name,raw) in enumerate(read_parquet(f, labels)):
-                folders.write(split, label, name, f'{f.stem}_{i:05d}', raw)
+                folders.write(own[i] if own else split, label, name, f'{f.stem}_{i:05d}', raw)
     if not folders.written:
         raise InputError(f'{path}: has no rows')
     folders.check()
+
+def _own_parts(file):
+    "The part of each row by a column such as `split`; None if there is no such column, or it says something else"
+    column = usual_column(_pyarrow().read_schema(file).names, 'split')
+    if column is None: return None
+    cells = _pyarrow().read_table(file, columns=[column])[column].to_pylist()
+    said = [part_name(o, column) for o in cells]
+    if any(said) and not all(said):
+        i = said.index('')
+        raise InputError(f'{file}: row {i}: the {column} {cells[i]!r} is none of train, valid and test')
+    return said if all(said) else None
 
 def _unlabelled(files, labels):
     "Has no image of these a label? Hugging Face writes -1"

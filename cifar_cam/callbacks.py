@@ -188,16 +188,22 @@ class UpdateRatio(Callback):
         self.steps = []
         self.ratios = {}
         self.accuracies = []  # (steps done, accuracy) after each epoch that has one
-        self.before,self.done = 0,0  # steps of earlier fits, and of this one too
+        self.before,self.done = 0,0  # batches of earlier fits, and of this one too
+        self.taken,self.trained = 0,False
 
     def before_fit(self):
+        self.taken = 0
         if not hasattr(self.learn, 'gather_preds'): self.before = self.done
+
+    def before_epoch(self): self.trained = False
+    def before_train(self): self.trained = True
 
     def _weights(self): return {n: p.detach() for n,p in self.model.named_parameters() if p.ndim > 1}
 
     def before_step(self):
         self.old = None
-        if not hasattr(self.learn, 'lr_finder') and self.train_iter % self.every == 0:
+        self.taken += 1  # `train_iter` counts batches: a step may be of several
+        if not hasattr(self.learn, 'lr_finder') and (self.taken - 1) % self.every == 0:
             self.old = {n: p.clone() for n,p in self._weights().items()}
             self.steps.append(self.before + self.train_iter)
 
@@ -208,10 +214,12 @@ class UpdateRatio(Callback):
         self.old = None
 
     def after_epoch(self):
-        if hasattr(self.learn, 'lr_finder'): return
+        if not self.trained or hasattr(self.learn, 'lr_finder'): return  # `validate` trains nothing
         self.done = self.before + self.train_iter
         row = self.recorder.values[-1] if self.recorder.values else []
-        accuracy = dict(zip(self.recorder.metric_names[1:], row)).get('accuracy')
+        names = self.recorder.metric_names[1:]
+        if self.recorder.cancel_train: names = [n for n in names if not n.startswith('train_')]  # were not measured
+        accuracy = dict(zip(names, row)).get('accuracy')
         if accuracy is not None: self.accuracies.append((self.done, accuracy))
 
 # %% ../nbs/09b_callbacks.ipynb #e8742e4f

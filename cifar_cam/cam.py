@@ -25,7 +25,7 @@ from .forward import as_input, find_logits, main_tensor, shape_grids, swap_tenso
 from .forward import trace_layers, untouched, unwrap
 from .layers import cam_layer, find_layer
 from .maps import mean_maps, mean_signed, scale_maps
-from .targets import are_functions, ask_about, class_indices, two_sided
+from .targets import are_functions, ask_about, check_rows, class_indices, two_sided
 
 # %% ../nbs/12_cam.ipynb #f4e9fe3f
 @contextmanager
@@ -112,6 +112,7 @@ class _Float32(nn.Module):
         out = self.net(x.to(self.dtype, copy=True))  # a network may change it in place
         if self.anything and self.output is None and torch.is_tensor(out): return out.float()
         logits = find_logits(out, self.output).float()
+        check_rows(logits, x)
         self.one = logits.shape[1] == 1
         return logits if self.anything else two_sided(logits)
 
@@ -143,7 +144,7 @@ def _head_pass(net, x, layer, run, ask, needs_grad, twice=False):
 def _grid_of(model, x, name, shape, output, min_px):
     "How a layer's output of this shape lies. Raises InputError where it gives no map, or a map that is too small"
     known = shape_grids(shape, x.shape[2:]) if len(shape) == 4 else []
-    grid = known[0] if len(known) == 1 else trace_layers(model, x[:1], output).grid(name)
+    grid = known[0] if [o.order for o in known] == ['NCHW'] else trace_layers(model, x[:1], output).grid(name)
     if grid is None or min(grid[1:3]) < min_px: cam_layer(model, name, min_px=min_px, x=x[:1], output=output) # raises
     return grid
 
@@ -170,11 +171,11 @@ def _save_copy(cam, module, args, out):
         raise InputError(f"ablationcam needs a layer that gives one tensor, not a {type(out).__name__}")
     cam.activations = out.clone() # the next layer may write into it
 
-def _ablate_channels(cam, leaf, acts):
-    "The library's layer for ablation, where the channels are the last axis"
+def _ablate_channels(cam, leaf, acts, order):
+    "The library's layer for ablation, where the channels are the last axis; '' is the order that a `reshape` hides"
     from pytorch_grad_cam import AblationLayer, AblationLayerVit
-    if leaf.ndim == 4 and leaf.shape[1] == acts.shape[1]: return
-    if leaf.shape[-1] != acts.shape[1] or len(leaf) != len(acts):
+    if order == 'NCHW' or not order and leaf.ndim == 4 and leaf.shape[1] == acts.shape[1]: return
+    if order == 'LNC' or leaf.shape[-1] != acts.shape[1] or len(leaf) != len(acts):
         raise InputError("ablationcam needs a layer whose channels are the second axis or the last")
     if type(cam.ablation_layer) is AblationLayer: cam.ablation_layer = AblationLayerVit()
 
@@ -208,11 +209,12 @@ def _layer_maps(model, q, key, cls, name, eigen_smooth=False, batch_size=64, upr
     if not q.reshape: _check_places(model, x, name, grid, grads, q.min_px, q.output)
     to_map = partial(_made_map, q.reshape or grid.to_map, len(x))
     acts = to_map(leaf)
+    if key == 'ablationcam': _ablate_channels(cam, leaf, acts, '' if q.reshape else grid.order)
     at = None if grads is None else to_map(grads)
     if key == 'shapleycam': # a checkpoint runs its part again for this gradient too: as in the first pass
         with head_leaf(layer, run=run), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             maps = _shapley_image(cam, x, layer, targets, leaf, grads, to_map, eigen_smooth)
-    else: maps = _images_of(cam, key, x, layer, targets, leaf, acts, at, eigen_smooth)
+    else: maps = _images_of(cam, key, x, layer, targets, acts, at, eigen_smooth)
     if upright: maps = _upright(maps, acts)
     lost = ~acts.detach().flatten(1).isfinite().all(1) # the library puts 0 for NaN in some methods: a map of nothing
     return maps.masked_fill(lost[:, None, None], torch.nan),logits
@@ -222,9 +224,8 @@ def _upright(maps, acts):
     against = (maps*(acts.mean(1) - acts.mean((1, 2, 3))[:, None, None])).sum((1, 2)) < 0
     return torch.where(against[:, None, None], -maps, maps).detach()
 
-def _images_of(cam, key, x, layer, targets, leaf, acts, grads, eigen_smooth):
+def _images_of(cam, key, x, layer, targets, acts, grads, eigen_smooth):
     "The library's signed maps, ScoreCAM's a few at a time"
-    if key == 'ablationcam': _ablate_channels(cam, leaf, acts)
     step = len(x)
     maps = []
     if key == 'scorecam': step = max(1, 2**25//(acts.shape[1]*x[0].numel())) # an image for each channel: 128 MB at most

@@ -69,7 +69,9 @@ def _refuse_run(path):
 
 def _form_of(path):
     if batch_names(path): return 'batches'
-    if split_folders(path): return 'folders'
+    if parts := split_folders(path):
+        _refuse_other_labels(path, parts)
+        return 'folders'
     inner = subfolders(path)
     table = find_table(path)
     classes = [d for d in inner if has_images(d) and not split_name(d.name)] if len(inner) > 1 else []
@@ -79,6 +81,16 @@ def _form_of(path):
             raise InputError(f'{path}: its class folders and {table.name} both tell labels; name it, or move it away')
         if not held: table = None  # a table of something else
     return 'table' if table else 'classes' if classes else 'parquet' if parquet_files(path) else ''
+
+def _refuse_other_labels(path, parts):
+    "Raises InputError if a table beside them tells different labels of the images of one class folder"
+    held = {c for part in parts.values() for c in subfolders(part)}
+    for table in (f for f in path.iterdir() if f.suffix.lower() in _TABLES and f.is_file() and _is_table(f)):
+        try: rows = read_table(table)
+        except InputError: continue  # of something else
+        told = {(f.parent, label) for f,label in zip(rows.file, rows.label) if f.parent in held}
+        if len(told) > len({folder for folder,_ in told}):
+            raise InputError(f'{path}: its class folders and {table.name} both tell labels; name it, or move it away')
 
 def _folders_of(table):
     "The folders that hold images that a table names"
@@ -192,6 +204,8 @@ def unpack_images(
         _extract(archive, folder)
         form,root = find_form(folder)
         _inside(form, root)
+        if form not in _WRITERS and labels == 'coarse':
+            raise InputError(f"{archive}: labels='coarse' is for batches and parquet; unpack it, and name its table")
         if form not in _WRITERS: return root
         _WRITERS[form](root, folder/'.written', labels)
         return folder/'.written'

@@ -123,7 +123,7 @@ def find_logits(
         out = found
     out = _parts(out).get('logits', out)
     tensors = [out] if torch.is_tensor(out) else [t for t in _parts(out).values() if torch.is_tensor(t)]
-    found = [t for t in tensors if t.is_floating_point() and t.ndim == 2] or [t for t in tensors if t.ndim == 1]
+    found = [t for t in tensors if t.is_floating_point() and t.ndim in (1, 2)]
     found = found or [t[:, :, 0, 0] for t in tensors if t.ndim == 4 and t.shape[2:].numel() == 1]
     if len(found) == 1: return found[0] if found[0].ndim == 2 else found[0][:, None]
     if found:
@@ -235,7 +235,6 @@ class _Call:
         self.norm = _is_norm(module)
         self.kids = []
         self.value,self.shape,self.grid = None,None,None
-    def __repr__(self): return f'{self.name} {self.shape}'
 
 def _is_norm(module):
     own = list(module.parameters())
@@ -251,9 +250,10 @@ def _probe(x):
     left[..., :x.shape[3]//2] = b[..., :x.shape[3]//2]
     return torch.cat([a, top, left, b])
 
-def _agreement(t, grid):
-    "How well a change of the top half and of the left half shows there in the map: 1 is the most, 0 is chance"
+def _agreement(t, grid, turned=False):
+    "How well a change of the top or left half shows there in the map, or in its transpose: 1 is the most, 0 is chance"
     a,top,left,_ = grid.to_map(t.detach().float())
+    if turned: top,left = left,top
     agree = []
     for change in (top - a).abs().mean(0), (left - a).abs().mean(0).T: # the half that changes comes first
         n = len(change)//2
@@ -338,8 +338,8 @@ def _look(self:LayerTrace, t):
 def _grid(self:LayerTrace, t):
     "The grid of a tensor, or None"
     if t.ndim == 4 and len(t) == 4:
-        found = shape_grids(t.shape, self.size)
-        return max(found, key=partial(_agreement, t)) if len(found) > 1 else next(iter(found), None)
+        grid = max(shape_grids(t.shape, self.size), key=partial(_agreement, t), default=None)
+        return None if grid and _agreement(t, grid, True) > max(0.5, _agreement(t, grid) + 0.25) else grid
     if t.ndim != 3 or 4 not in t.shape[:2]: return
     order,length = ('NLC', t.shape[1]) if len(t) == 4 else ('LNC', t.shape[0])
     for front,behind in self._beside(length):

@@ -22,9 +22,9 @@ from .evaluate import predict_loader
 # %% ../nbs/18c_history.ipynb #19readhi
 def read_history(
     path:Path, # history.csv of a run
+    needed:tuple=('epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy', 'lr'), # columns of any run
 ) -> pd.DataFrame:
     "A row for each epoch. Raises InputError where columns are missing or are no numbers"
-    needed = 'epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy', 'lr'
     try: h = pd.read_csv(path, engine='python')  # which reads a number to its last digit
     except Exception as e: raise InputError(f'{path}: cannot be read ({e})') from None
     bad = [k for k in dict.fromkeys([*needed, *h]) if k not in h or not pd.api.types.is_numeric_dtype(h[k])]
@@ -46,9 +46,11 @@ class History(Callback):
     ):
         self.path = Path(path)
         self.rows = []
+        self.trained = None
 
     def before_fit(self):
-        self.rows = read_history(self.path).to_dict('records') if self.path.exists() else []
+        there = self.path.exists()
+        self.rows = read_history(self.path, needed=('epoch',)).to_dict('records') if there else []
     def state_dict(self) -> dict: return dict(rows=self.rows)
     def load_state_dict(self,
         state:dict, # from `state_dict`
@@ -59,11 +61,15 @@ class History(Callback):
     def _done(self): return getattr(self.learn, 'epoch_number', self.epoch)  # a plain Learner counts those of each fit
     def before_epoch(self):
         self.start = time.perf_counter()
+        self.trained = None
+    def before_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.rows = [r for r in self.rows if r['epoch'] <= self._done()]
     def after_train(self): self.trained = time.perf_counter() - self.start
     def after_epoch(self):
-        if hasattr(self.learn, 'lr_finder'): return
-        row = dict(epoch=self._done() + 1, **{k: float(v) for k,v in self.recorder.row.items()})
+        # `validate` and a skipped epoch train nothing
+        if self.trained is None or hasattr(self.learn, 'lr_finder'): return
+        known = {k: v for k,v in self.recorder.row.items() if v is not None}
+        row = dict(epoch=self._done() + 1, **{k: float(v) for k,v in known.items()})
         if len(self.dls.loaders) > 2:
             logits,targets = predict_loader(self.learn, self.dls[2])
             row['test_accuracy'] = (logits.argmax(1)==targets).double().mean().item()
@@ -81,6 +87,7 @@ class KeepBest(TrackerCallback):
     ):
         super().__init__('valid_accuracy', reset_on_fit=False)  # a second fit has to be better than the first
         self.path = Path(path)
+        self.trained = False
     def state_dict(self) -> dict: return dict(weights=self.weights)
     def load_state_dict(self,
         state:dict, # from `state_dict`
@@ -89,7 +96,10 @@ class KeepBest(TrackerCallback):
         self._write()
     def _write(self): save_atomically(lambda f: f.write_bytes(save(self.weights)), self.path)
 
+    def before_epoch(self): self.trained = False
+    def after_train(self): self.trained = True
     def after_epoch(self):
+        if not self.trained: return  # `validate` and a skipped epoch train nothing
         before = self.best
         super().after_epoch()
         if not self.new_best: return
@@ -131,6 +141,7 @@ class _WandbNumbers(Callback):
         import wandb
         self.run = None
         if rank_distrib() or hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder'): return
+        if getattr(self.learn, 'first_epoch', 0) is None: return  # `validate` trains nothing
         name = self.path.name
         beside = str(self.path.parent)  # W&B makes links, which a run folder does not hold
         self.run = wandb.init(project='cifar_cam', id=name, name=name, resume='allow', dir=beside, config=self.config)

@@ -160,14 +160,13 @@ def folder_digest(
     rows = image_table(path) if rows is None else rows
     digest = hashlib.sha256()
     below = {}
-    form = rows.attrs['form']
-    folders = {f.parent for f in rows.file} if form == 'table' else [rows.attrs['root']]
+    folders = {f.parent for f in rows.file} if rows.attrs['form'] == 'table' else [rows.attrs['root']]
     root = os.path.commonpath([*map(os.path.abspath, folders)])
     for f,label,split in zip(rows.file, rows.label, rows.split):
         folder,name = os.path.split(f)
         if folder not in below: below[folder] = (Path(os.path.abspath(folder)).relative_to(root)/'_').as_posix()[:-1]
         digest.update(os.fsencode(below[folder] + name) + b'\n')
-        if form == 'table': digest.update(f'{label}\t{split}\n'.encode())
+        if rows.attrs['form'] == 'table': digest.update(f'{label}\t{split}\n'.encode())
         try: digest.update(of(f))
         except OSError as e: raise InputError(f'{f}: cannot be read ({e.strerror}); fetch it again') from None
     return digest.hexdigest()
@@ -326,8 +325,9 @@ def _with_parts(self:ImageSource, items):
     return hold_out_test(rows, *share) if rows.attrs['note'] and self.valid_pct else rows
 
 def _parts_of(items):
-    "The part of each file by the parent of its class folder, if all files have one"
-    named = [split_name(Path(o).parent.parent.name) if isinstance(o, (str, Path)) else '' for o in items]
+    "The part of each file by the parent of its class folder, or its own folder, if all files have one"
+    files = [Path(o) if isinstance(o, (str, Path)) else Path() for o in items]
+    named = [split_name(f.parent.parent.name) or split_name(f.parent.name) for f in files]
     return named if 'train' in named and all(named) else ['train']*len(named)
 
 # %% ../nbs/02_images.ipynb #41cd6960

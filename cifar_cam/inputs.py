@@ -236,12 +236,15 @@ def find_images(
     read:bool=True, # False: names only, nothing is read out of an archive
 ):
     "Yield (name, file or open bytes) of each image. Raises InputError for a missing path, or a table without files"
-    seen = set()
+    seen = {} # a name's hash → that of its file
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         for name,photo in _images_of(path, column, read):
+            file = hash(os.path.abspath(photo)) if isinstance(photo, (str, Path)) else None
             if hash(name) not in seen:
-                seen.add(hash(name))
+                seen[hash(name)] = file
                 yield name,photo
+            elif seen[hash(name)] != file:
+                raise InputError(f'{name}: two tables name different files so; take one table at a time')
 
 def _images_of(path, column, read):
     if isinstance(path, list):

@@ -19,11 +19,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from .core import InputError, save_atomically
-from .forward import unwrap
-from .layers import find_layer
 from .cam import cam_maps, cam_method
 from .panels import draw_cam, draw_image, message_figure, new_figure, Panels, short_number
-from .heads import class_index, TwoClasses
+from .heads import class_index, logit_column
 from .predictions import Predictions
 
 # %% ../nbs/14_interpret.ipynb #14cls
@@ -103,11 +101,6 @@ def asked(self:CamInterpretation,
     return torch.full((len(idxs),), class_index(target, self.vocab, "'predicted', 'actual', 'rival' or "))
 
 # %% ../nbs/14_interpret.ipynb #d85967d5
-def _modules(model, layer):
-    "Layers themselves, for a model in which they have other names"
-    if isinstance(layer, (list, tuple)): return [_modules(model, l) for l in layer]
-    return find_layer(unwrap(model), layer)[1] if isinstance(layer, str) and layer != 'auto' else layer
-
 @patch
 def cams(self:CamInterpretation,
     idxs:list, # places in the data set
@@ -125,10 +118,7 @@ def cams(self:CamInterpretation,
     found = []
     model = self.learn.model
     output = kwargs.pop('output', self.output)
-    if self.one_output:
-        layer = _modules(model, layer)
-        model = TwoClasses(unwrap(model), output)
-        output = None
+    if self.one_output: output = partial(logit_column, output=output)
     for xb in self.batches(idxs):
         t,classes = classes[:len(xb)],classes[len(xb):]
         found.append(cam_maps(model, xb, method, layer, t, min_px=min_px, output=output, **kwargs))

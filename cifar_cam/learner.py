@@ -266,7 +266,7 @@ def _check_training(learn, state):
 def _resume_at(learn, state):
     "The epoch at which the fit under way resumes from the checkpoint `state`; None where that is of an earlier fit"
     before,epochs,total = _count(state, 'before', 0),_count(state, 'epochs'),_count(state, 'of', 0)
-    if before==learn.again and total==learn.n_epoch: learn.epochs_before = before  # this fit was cut off
+    if before==learn.again and total==learn.n_epoch: learn.epochs_before = learn.unfinished = before  # was cut off
     done = learn.epochs_before
     if before < done: return None
     if before==done:

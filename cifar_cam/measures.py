@@ -24,6 +24,7 @@ from torchvision.transforms.functional import gaussian_blur
 from .core import InputError
 from .forward import find_logits, untouched, unwrap
 from .layers import find_layer, map_sizes
+from .targets import check_rows
 from .cam import cam_maps
 
 # %% ../nbs/15_measures.ipynb #8a2110e8
@@ -165,8 +166,10 @@ def target_probs(
     x = x.as_subclass(torch.Tensor)
     p = next(model.parameters())
     with untouched(model):
-        outs = [find_logits(model(xb.to(p.device, p.dtype)), output).float().cpu() for xb in x.split(bs)]
-    logits = torch.cat(outs)
+        # a network may change its images in place
+        given = (xb.to(p.device, p.dtype, copy=True) for xb in x.split(bs))
+        logits = torch.cat([find_logits(model(xb), output).float().cpu() for xb in given])
+    check_rows(logits, x)
     if logits.shape[1] == 1: logits = torch.cat([-logits, logits], 1)/2 # their softmax is the sigmoid
     probs = logits.softmax(1)
     return probs.gather(1, targets.cpu().as_subclass(torch.Tensor)[:, None])[:, 0]

@@ -6,6 +6,7 @@
 __all__ = ['explain_image']
 
 # %% ../nbs/14b_photo.ipynb #14cimp1
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,10 @@ from .core import InputError
 from .photos import open_photo, Squeeze
 from .loaders import loader_norm
 from .forward import find_logits, untouched, unwrap
-from .layers import find_layer
+from .targets import two_sided
 from .cam import cam_maps
 from .panels import cut_text, draw_cam, new_figure, short_number
-from .heads import class_index, class_probs, TwoClasses
+from .heads import class_index, class_probs, logit_column
 from .predictions import image_batches
 
 # %% ../nbs/14b_photo.ipynb #e00d60c4
@@ -50,15 +51,14 @@ def _squeezed(photo, size, stats, model):
     return ((x - mean)/std).to(next(model.parameters()).device)
 
 # %% ../nbs/14b_photo.ipynb #14cmap
-def _of_classes(model, layer, x, n, output):
-    "The network, the layer and what picks the logits; of a network with one output as `TwoClasses`, and whether it is"
-    if n != 2: return model,layer,output,False
+def _picks_logits(model, x, n, output):
+    "What picks the logits, and whether the network has one output for two classes"
+    if n != 2: return output,False
     model = unwrap(model)
-    with untouched(model): out = model(x.to(next(model.parameters()).dtype))
+    # a network may change its images in place
+    with untouched(model): out = model(x.to(next(model.parameters()).dtype, copy=True))
     if not (torch.is_tensor(out) and output is None): out = find_logits(out, output)
-    if out.numel() != 1: return model,layer,output,False
-    if isinstance(layer, str) and layer != 'auto': layer = find_layer(model, layer)[1]
-    return TwoClasses(model, output),layer,None,True
+    return (partial(logit_column, output=output), True) if out.numel()==1 else (output, False)
 
 # %% ../nbs/14b_photo.ipynb #7be7462d
 def explain_image(
@@ -96,12 +96,15 @@ def explain_image(
         raise InputError(f'vocab has the class {twice[0]!r} twice: give each class a name of its own')
     asked = target if target is None else class_index(target, names)
     x = _squeezed(im, (size, size) if isinstance(size, (int, np.integer)) else size, stats, model)
-    net,layer,output,one = _of_classes(model, layer, x, len(names), output)
-    res = cam_maps(net, x, method, layer, asked, min_px=min_px, output=output, **kwargs)
+    output,one = _picks_logits(model, x, len(names), output)
+    map_of = partial(cam_maps, model, x, method, layer, min_px=min_px, output=output, **kwargs)
+    res = map_of(asked)
     if one: act = act or (None if loss_func else torch.sigmoid)
-    out = 2*res.preds[:, 1:] if one else res.preds # half the logit: see `TwoClasses`
-    probs = dict(sorted(zip(names, class_probs(out, len(names), loss_func, act)[0][0].tolist()), key=lambda o: -o[1]))
+    said = class_probs(res.preds, len(names), loss_func, act)[0][0]
+    probs = dict(sorted(zip(names, said.tolist()), key=lambda o: -o[1]))
     shown = names[asked] if asked is not None else next(iter(probs))
+    # an activation of the learner's own may order the classes otherwise than the logits do
+    if asked is None and names.index(shown)!=two_sided(res.preds)[0].argmax(): res = map_of(names.index(shown))
     cam = res.maps[0].cpu()
     blank = bool(res.blank[0])
     return _draw_photo(im, cam, blank, probs, shown, plain, figsize, dpi, cmap=cmap, alpha=alpha),probs

@@ -26,6 +26,7 @@ from .photos import open_photo
 from .inputs import find_images, image_pixels, names_from_stdin, open_binary
 from .panels import overlay
 from .precision import pick_device
+from .tables import is_image_name
 from .run import folder_for, load_run, Run
 from .share import pretrained_run
 
@@ -193,7 +194,10 @@ def _rows(batch, network, views, classes, top, kaggle, device):
     rows = [_row(name, None if pixels is None else next(probs), reason, classes, top) for name,_,pixels,reason in batch]
     return [[_kaggle_id(row[0]), row[1]] for row in rows] if kaggle else rows
 
-def _kaggle_id(name): return PurePosixPath(name).stem
+def _kaggle_id(name):
+    "The name without the ending of an image: an id in a table may hold dots of its own"
+    path = PurePosixPath(name)
+    return path.stem if is_image_name(path.name) else path.name
 
 # %% ../nbs/23_predict.ipynb #3e9cba07
 def _save_overlays(batch, run, network, folder, method):
@@ -251,7 +255,8 @@ def predict_images(
         if cams and not force and not table.part.exists() and Path(cams).exists() and any(Path(cams).iterdir()):
             raise InputError(f'{cams}: is not empty; name another folder, or pass --force')
         try:
-            kept,left = table.resume(find_images(given, column), lambda o: _kaggle_id(o[0]) if kaggle else o[0])
+            images = _asked_images(given, column, cams)
+            kept,left = table.resume(images, lambda o: _kaggle_id(o[0]) if kaggle else o[0])
             _predict_all(table, left, total - kept, run, dict(bs=bs, tta=tta, kaggle=kaggle, top=top, classes=classes),
                          cams, method, device)
             table.finish()
@@ -277,11 +282,18 @@ def _is_predictions(path):
 
 def _weights_digest(run): return hashlib.sha256((run.path/'weights.safetensors').read_bytes()).hexdigest()
 
+def _asked_images(given, column, cams, read=True):
+    "`find_images` without the overlays, whose folder may lie in one that is asked about"
+    def is_overlay(file): return isinstance(file, (str, Path)) and Path(os.path.abspath(file)).is_relative_to(drawn)
+    drawn = os.path.abspath(cams) if cams else ''
+    apart = not cams or any(map(is_overlay, given))  # then it is asked about itself
+    return ((name, file) for name,file in find_images(given, column, read) if apart or not is_overlay(file))
+
 def _count_images(given, paths, column, kaggle, cams):
     "How many images there are, before one is read"
     n = 0
     ids = set()
-    for name,photo in find_images(given, column, read=False):
+    for name,photo in _asked_images(given, column, cams, read=False):
         n += 1
         if cams and isinstance(photo, (str, Path)) and _is_same(_overlay_path(cams, name), photo):
             raise InputError(f'{cams}: its picture of {name} would be written over that image; name another folder')

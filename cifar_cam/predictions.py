@@ -89,7 +89,7 @@ def _run(learn, dl, output=None):
 # %% ../nbs/13c_predictions.ipynb #13d29145
 class Predictions(ClassificationInterpretation):
     "fastai's `ClassificationInterpretation` after a single run over the images"
-    one_output = False # the network has one output for two classes: see `TwoClasses`
+    one_output = False # the network has one output for two classes: see `logit_column`
     output = None # picks the logits from the network's output: see `find_logits`
     def __init__(self,
         learn:Learner, # the trained network and its loaders

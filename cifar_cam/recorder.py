@@ -128,7 +128,9 @@ class LightRecorder(Recorder):
     @property
     def row(self) -> dict:
         "The last epoch by our names: `train_loss`, `train_accuracy`, `valid_loss`, `valid_accuracy`, `lr`"
-        found = dict(zip(self.metric_names[1:], self.values[-1]))
+        told = self.metric_names[1:]
+        if self.cancel_train: told = [n for n in told if n!='lr' and not n.startswith('train_')]  # were not measured
+        found = dict(zip(told, self.values[-1]))
         names = ['loss', *(m.name for m in self.metrics)]
         pairs = [(f'train_{n}', f'train_{n}') for n in names] + [(f'valid_{n}', n) for n in names]
         row = {ours: found[k] for ours,theirs in pairs for k in (ours, theirs) if k in found}

@@ -27,7 +27,7 @@ from .predictions import take_turns
 from .interpret import CamInterpretation
 from .scorecard import METRICS
 from .triage import read_triage, triage_summary, VERDICTS
-from .recipe import chooses, RECIPES
+from .recipe import BUILT_IN, chooses
 from .evaluate import normalised_as
 from .run import load_run, Run
 from .charts import calibration_chart, chart_panel, chart_place, curve_chart, epoch_span
@@ -188,7 +188,7 @@ def _table(name, frame, form='.4g'):
 
 def _settings(run):
     "(setting, value, the built-in recipe's value where it differs)"
-    base = asdict(RECIPES.get(run.recipe.name, run.recipe))
+    base = asdict(BUILT_IN.get(run.recipe.name, run.recipe))
     own = dict(asdict(run.recipe), decisions=told_decisions(run.env))
     return [(k, _value_text(v), '' if base.get(k)==v else _value_text(base.get(k)))
             for k,v in own.items() if k not in ('name', 'published', 'published_as')]
@@ -320,7 +320,7 @@ def write_report(
     command,toml = run_command(run)
     return _render('report.html', run.path/'report.html', _run_gallery(interp, idxs, maps, table), run=run,
                    r=run.recipe, m=run.metrics, selected=selected, triage=triage,
-        parameters=count_parameters(run.model), built_in=run.recipe.name in RECIPES,
+        parameters=count_parameters(run.model), built_in=run.recipe.name in BUILT_IN,
         settings=_settings(run), curves=_run_curves(run, selected), history=_table('Epochs', run.history),
         calibration=calibration_chart(bins, selected), bins=_table('Bins of confidence', bins), shown=len(idxs),
         report=_table('Classification report', class_report(interp), '.3f'), no_maps=no_maps,

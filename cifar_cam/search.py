@@ -20,7 +20,8 @@ from pydantic import BaseModel, Field
 
 from .core import InputError, check_seed, Seed, write_json
 from .learner import Checkpoint
-from .recipe import Recipe, change_recipe, find_recipe, fit_recipe, recipe_modules, without_effect
+from .recipe import (change_recipe, check_resize, find_recipe, fit_recipe, Recipe, recipe_modules,
+                              without_effect)
 from .history import History, KeepBest
 from .run import environment, fit_run, load_run, new_run_folder, read_record, recipe_from_record
 from .summary import own_modules
@@ -93,6 +94,7 @@ def begin_sweep(
         raise InputError(f'trials={trials}: choose at least one')
     whole = change_recipe(r, **shared)
     _check_effect(whole, space, shared)
+    _check_resizes(r, space, shared)
     env = environment(data, device, seed)
     path = new_run_folder(f'{r.name}-sweep', out)
     named = [] if isinstance(recipe, Recipe) else recipe_modules(recipe)
@@ -124,6 +126,12 @@ def _check_effect(r, space, shared):
             idle = [_idle(r, dict(o, **{k: v})).get(k) for o in others]
             if all(idle):
                 raise InputError(f'{k}={v!r}: {idle[0]}')
+
+def _check_resizes(r, space, shared):
+    "Raises InputError for a size that growing images would not reach"
+    if 'resize' in space or 'resize' in shared: return
+    sizes = _ends(space['size']) if 'size' in space else [shared.get('size', r.size)]
+    for size in sizes: check_resize(r, size)
 
 def _ends(d): return d.choices if hasattr(d, 'choices') else (d.low, d.high)
 

@@ -23,7 +23,7 @@ from .models import MODELS, NORMS
 from .optimizers import OPTIMIZERS
 from .evaluate import accuracy_interval
 from .interpret import CamInterpretation
-from .recipe import PUBLISHED_RECIPES, Recipe, RECIPES, without_effect
+from .recipe import BUILT_IN, Recipe, without_effect
 from .run import Run
 
 # %% ../nbs/19b_summary.ipynb #1990f1f4
@@ -104,7 +104,7 @@ def changed_settings(
     r:Recipe, # any recipe
 ) -> dict: # setting → value; empty for a recipe that is not built in
     "What `r` sets otherwise than the built-in recipe of its name"
-    base = (RECIPES | PUBLISHED_RECIPES).get(r.name)
+    base = BUILT_IN.get(r.name)
     about = ('published', 'published_as')
     return {} if base is None else {k: v for k,v in asdict(r).items() if v != getattr(base, k) and k not in about}
 
@@ -134,9 +134,10 @@ def run_command(
 ) -> tuple: # (command, lines of the TOML file it needs, or '')
     "The shell command that trains `run` again"
     r,env = run.recipe,run.env
-    base = (RECIPES | PUBLISHED_RECIPES).get(r.name)
+    base = BUILT_IN.get(r.name)
     idle = without_effect(r).keys() - {'schedule', 'steps'}  # the shell refuses what does nothing
     changed = {k: v for k,v in changed_settings(r).items() if k not in idle}
+    if 'size' in changed and r.resize: changed['resize'] = r.resize  # the shell wants both
     toml = '' if base else ''.join(f'{k} = {json.dumps(v, ensure_ascii=False)}\n' for k,v in asdict(r).items()
                                    if v is not None and k not in idle)
     n = env.get('processes', 1)
@@ -160,7 +161,7 @@ def differing_settings(
     runs:list, # two or more runs
 ) -> dict: # setting → its value in each run
     "The settings, the data and the versions in which runs differ; empty if one repeats the other"
-    names = 'data', 'seed', 'device', 'published_protocol', 'torch', 'cifar_cam'
+    names = 'data', 'seed', 'device', 'precision', 'published_protocol', 'torch', 'cifar_cam'
     each = [dict(asdict(o.recipe), **{k: o.env.get(k) for k in names}, processes=o.env.get('processes', 1),
                  images=o.env['data_checksum'][:8], decisions=told_decisions(o.env)) for o in runs]
     return {k: [e[k] for e in each] for k in each[0] if len({str(e[k]) for e in each}) > 1}

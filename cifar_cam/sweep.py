@@ -19,7 +19,7 @@ from fastcore.script import store_true
 from matplotlib.ticker import MaxNLocator
 
 from .core import InputError, save_atomically
-from .recipe import RECIPES, Recipe, change_recipe, chooses, without_effect
+from .recipe import BUILT_IN, Recipe, change_recipe, chooses, without_effect
 from .parallel import from_all, from_first, join_processes, leave_processes, one_process
 from .run import folder_for, only_resume, read_lrs
 from .summary import own_modules
@@ -73,13 +73,14 @@ def recipe_toml(
     modules:list=(), # Python files that the shell runs first, such as one that defines the network
 ) -> str:
     "A recipe as the text of a TOML file that `find_recipe` reads. Settings without effect are left out"
-    base = RECIPES.get(base)
+    base = BUILT_IN.get(base)
     lines = [f'base = {json.dumps(base.name)}'] if base else []
     if modules: lines.append(f'module = {json.dumps(list(map(str, modules)), ensure_ascii=False)}')
     idle = without_effect(r).keys() - {'schedule', 'steps'}
     for k,v in asdict(r).items():
         told = v is not None and k not in ('published', 'published_as', *idle)
-        if told and (base is None or k=='name' or v != getattr(base, k)):
+        grown = base and k=='resize' and r.size!=base.size  # the shell wants both
+        if told and (base is None or k=='name' or grown or v != getattr(base, k)):
             lines.append(f'{k} = {json.dumps(v, ensure_ascii=False)}')
     return '\n'.join(lines) + '\n'
 

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
 import api
-from tables import RESULTS, command, groups, hardware, load, minutes, percent, recipes, table
+from tables import RESULTS, changed, command, groups, hardware, in_order, load, minutes, percent, recipes, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,7 +97,7 @@ def outputs(text, notebooks, pictures):
 def recipe_pages(notebooks):
     "(Markdown, pictures): a section for each experiment, with its curves and its last gallery; and the settings of all"
     parts,pictures = [],{}
-    ours = {load(runs[0], 'recipe.json')['name']: command(runs) for _,runs in groups()}
+    ours = {load(runs[0], 'recipe.json')['name']: command(runs) for _,runs in reversed(in_order())}  # the first of each name stays
     for path,nb in notebooks.items():
         if not path.startswith('nbs/experiments/'): continue
         name,(title,quote),found = Path(path).stem,front(nb),pictures_of(nb)
@@ -121,14 +121,14 @@ def recipe_pages(notebooks):
 
 def result_pages():
     "(Markdown, files): a section for each record with its epochs, what differs from the recipe, and its files"
-    sections,copies,built_in = [],{f'results/{f.name}': f.read_bytes() for f in RESULTS.glob('*.json')},recipes()
+    sections,copies = [],{f'results/{f.name}': f.read_bytes() for f in RESULTS.glob('*.json')}
     for group,runs in groups():
         if len(runs) > 1: sections.append(_seeds(group, runs))
         for folder in runs:
             m,env,r = (load(folder, f'{n}.json') for n in ('metrics', 'env', 'recipe'))
             name = folder.relative_to(RESULTS).as_posix()
             protocol = 'on the test set, as published' if env.get('published_protocol') else m['chosen_on']
-            sections.append(_section(folder, name, m, env, r, built_in, protocol))
+            sections.append(_section(folder, name, m, env, r, protocol))
         for f in (f for folder in {group, *runs} for f in sorted(folder.iterdir()) if f.is_file()): copies[f'results/{f.relative_to(RESULTS).as_posix()}'] = f.read_bytes()
     return '\n\n'.join(sections), copies
 
@@ -138,9 +138,8 @@ def _seeds(group, runs):
     return (f"({name})=\n## {name}\n\n{len(runs)} seeds of `{load(runs[0], 'recipe.json')['name']}`, which follow: {percent(summary['mean'])} % in the mean, standard deviation {percent(summary['std'])}, "
             f"95 % interval of the mean {percent(lo)} to {percent(hi)}. The record: [summary.json](results/{name}/summary.json).")
 
-def _section(folder, name, m, env, r, built_in, protocol):
-    base = built_in.get(r['name'], {})
-    changed = [f'`{k} = {json.dumps(v)}`' for k,v in r.items() if k in base and base[k]!=v]
+def _section(folder, name, m, env, r, protocol):
+    other = [f'`{k} = {json.dumps(v)}`' for k,v in (changed(r) or {}).items()]
     history = [l.split(',') for l in (folder/'history.csv').read_text().splitlines()]
     show = lambda k,v: v if k=='epoch' else percent(float(v)) if k.endswith('accuracy') else f'{float(v):.0f}' if k=='seconds' else f'{float(v):.4g}'
     rows = [[show(k, v) for k,v in zip(history[0], row)] for row in history[1:]]
@@ -149,7 +148,7 @@ def _section(folder, name, m, env, r, built_in, protocol):
     versions = ', '.join(f'{k} {env[k]}' for k in ('python', 'torch', 'torchvision', 'fastai', 'grad-cam') if k in env)
     files = ', '.join(f'[{f.name}](results/{name}/{f.name})' for f in sorted(folder.iterdir()) if f.is_file())
     facts = [f"One run of `{r['name']}`, seed {env['seed']}, {m['epochs']} epochs, {minutes(folder):.0f} minutes of training on {hardware(env)}.",
-             f"{'What differs from the recipe: ' + ', '.join(changed) if changed else 'The recipe as it is'}. While it trained: {protocol}.",
+             f"{'What differs from the recipe: ' + ', '.join(other) if other else 'The recipe as it is'}. While it trained: {protocol}.",
              f"Published: {r['published']} % ({r['published_as']})." if r.get('published') else '',
              f"On {m['images']:,} test images the accuracy is {percent(m['accuracy'])} %, {percent(m.get('accuracy_tta', m['accuracy_flip_tta']))} % with test-time augmentation, the loss {m['loss']:.4f}, the calibration error {m['calibration_error']:.4f}.",
              f'With {versions}.']

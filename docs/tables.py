@@ -48,28 +48,31 @@ def row(folder, runs, to):
     lo,hi = load(folder, 'summary.json')['interval'] if len(runs) > 1 else metrics[0]['accuracy_interval']
     published = f"{recipe['published']} {recipe['published_as']}" if recipe['published'] else '—'
     with_tta = mean([m.get('accuracy_tta', m['accuracy_flip_tta']) for m in metrics])
-    name = ', '.join([recipe['name'], *(f'`{k}={v}`' for k,v in (changed(recipe) or {}).items() if k!='epochs')])
+    own = {k: v for k,v in (changed(recipe) or {}).items() if k!='epochs'}
+    name = ', '.join([recipe['name'], *(f'`{k}={v}`' for k,v in own.items())] if len(own) < 4 else [recipe['name'], 'earlier settings'])
     return [f"[{name}]({to}{folder.relative_to(RESULTS)}/)", published, percent(mean([m['accuracy'] for m in metrics])), f'{percent(lo)} to {percent(hi)}',
             percent(with_tta), metrics[0]['epochs'], len(runs), f'{mean([minutes(r) for r in runs]):.0f}', hardware(env)]
 
 @cache
-def recipes():
-    "The built-in recipes as dictionaries, read from the text of the module: this needs no PyTorch"
+def settings():
+    "The defaults of all settings, and the built-in recipes, as dictionaries. They are read from the text of the module: this needs no PyTorch"
     names = api.Module(ROOT/'cifar_cam'/'recipe.py').names
     fields = {n.target.id: n.value for n in names['Recipe'].body if isinstance(n, ast.AnnAssign)}
     value = lambda node: eval(compile(ast.Expression(node), 'recipe', 'eval'), {'__builtins__': {}})
-    found = {}
+    defaults,found = {k: value(default) for k,default in fields.items() if default is not None},{}
     for call in ast.walk(names['RECIPES']):
         if not (isinstance(call, ast.Call) and getattr(call.func, 'id', '')=='Recipe'): continue
         given = dict(zip(fields, call.args)) | {k.arg: k.value for k in call.keywords}
-        r = {k: value(given.get(k, default)) for k,default in fields.items() if given.get(k, default) is not None}
+        r = defaults | {k: value(v) for k,v in given.items()}
         found[r['name']] = r
-    return found
+    return defaults,found
+
+def recipes(): return settings()[1]
 
 def changed(recipe):
-    "The settings that are not those of the built-in recipe of this name; None where there is none"
+    "The settings that are not those of the built-in recipe of this name; None where there is none. An old record leaves newer settings at their defaults"
     base = recipes().get(recipe['name'])
-    return base and {k: v for k,v in recipe.items() if base[k]!=v and k not in ('published', 'published_as')}
+    return base and {k: v for k,v in (settings()[0] | recipe).items() if base[k]!=v and k not in ('published', 'published_as')}
 
 def command(runs):
     "The line that trains `runs` again; None where their recipe is not a built-in one"
