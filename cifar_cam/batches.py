@@ -282,10 +282,13 @@ def _pyarrow():
     except ImportError: raise InputError("parquet files need a package: pip install 'cifar_cam[parquet]'") from None
     return pyarrow.parquet
 
-def _label_column(path, labels):
-    try: names = _pyarrow().read_schema(path).names
+def _column_names(path):
+    try: return _pyarrow().read_schema(path).names
     except (OSError, ValueError) as e:
         raise InputError(f'{path}: cannot be read as parquet ({e}); fetch it again') from None
+
+def _label_column(path, labels):
+    names = _column_names(path)
     return table_columns(pd.DataFrame(columns=['file', *(n for n in names if n != 'file')]), path, labels)['label']
 
 def _image_column(schema, path):
@@ -361,9 +364,10 @@ def write_parquet(
 
 def _own_parts(file):
     "The part of each row by a column such as `split`; None if there is no such column, or it says something else"
-    column = usual_column(_pyarrow().read_schema(file).names, 'split')
+    column = usual_column(_column_names(file), 'split')
     if column is None: return None
-    cells = _pyarrow().read_table(file, columns=[column])[column].to_pylist()
+    try: cells = _pyarrow().read_table(file, columns=[column])[column].to_pylist()
+    except (OSError, ValueError): return None  # `read_parquet` says what is wrong
     said = [part_name(o, column) for o in cells]
     if any(said) and not all(said):
         i = said.index('')

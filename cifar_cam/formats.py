@@ -83,13 +83,14 @@ def _form_of(path):
     return 'table' if table else 'classes' if classes else 'parquet' if parquet_files(path) else ''
 
 def _refuse_other_labels(path, parts):
-    "Raises InputError if a table beside them tells different labels of the images of one class folder"
-    held = {c for part in parts.values() for c in subfolders(part)}
+    "Raises InputError if a table of most of the images tells different labels of those of one class folder"
+    held = {c: len(folder_images(c)) for part in parts.values() for c in subfolders(part)}
     for table in (f for f in path.iterdir() if f.suffix.lower() in _TABLES and f.is_file() and _is_table(f)):
         try: rows = read_table(table)
         except InputError: continue  # of something else
         told = {(f.parent, label) for f,label in zip(rows.file, rows.label) if f.parent in held}
-        if len(told) > len({folder for folder,_ in told}):
+        folders = {folder for folder,_ in told}
+        if len(told) > len(folders) and 2*len(rows) > sum(held[d] for d in folders):
             raise InputError(f'{path}: its class folders and {table.name} both tell labels; name it, or move it away')
 
 def _folders_of(table):

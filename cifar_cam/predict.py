@@ -284,10 +284,15 @@ def _weights_digest(run): return hashlib.sha256((run.path/'weights.safetensors')
 
 def _asked_images(given, column, cams, read=True):
     "`find_images` without the overlays, whose folder may lie in one that is asked about"
-    def is_overlay(file): return isinstance(file, (str, Path)) and Path(os.path.abspath(file)).is_relative_to(drawn)
-    drawn = os.path.abspath(cams) if cams else ''
-    apart = not cams or any(map(is_overlay, given))  # then it is asked about itself
-    return ((name, file) for name,file in find_images(given, column, read) if apart or not is_overlay(file))
+    return ((name, file) for name,file in find_images(given, column, read) if not (cams and _is_overlay(file, cams)))
+
+def _is_overlay(file, folder):
+    "Is `file` the picture of an image, or of one in an archive, that `_overlay_path` puts into `folder`?"
+    if not isinstance(file, (str, Path)): return False
+    path = Path(os.path.abspath(file))
+    if path.suffix!='.png' or not path.is_relative_to(os.path.abspath(folder)): return False
+    parts = ['..' if p=='up' else p for p in path.relative_to(os.path.abspath(folder)).with_suffix('').parts]
+    return any(os.path.isfile(os.path.join(start, *parts[:k + 1])) for start in ('', os.sep) for k in range(len(parts)))
 
 def _count_images(given, paths, column, kaggle, cams):
     "How many images there are, before one is read"

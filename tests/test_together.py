@@ -210,6 +210,9 @@ def test_overlays_within_the_folder_are_not_predicted(few, run, tmp_path, monkey
     monkeypatch.setattr(GrowingTable, 'append', append)
     found = pd.read_csv(predict_images('.', run, cams='cams', bs=2, device='cpu'))
     assert len(found)==6 and len([*Path('cams').rglob('*.png')])==6 and not found.file.str.contains('cams').any()
+    shutil.copy('0.png', 'cams/7.png')  # a photo of the user's own is none of them
+    again = pd.read_csv(predict_images('.', run, cams='cams', bs=2, device='cpu', force=True))
+    assert list(again.file[again.file.str.contains('cams')])==['./cams/7.png']
 
 
 def test_two_tables_that_name_alike_are_not_mixed_up(few, tmp_path):
