@@ -19,14 +19,17 @@ def find_table(
     path:Path, # a folder
 ) -> Path: # None where there is none
     "The table of the images of `path`. Raises InputError if there are two"
-    files = [f for f in sorted(path.iterdir()) if f.suffix.lower() in _TABLES and f.is_file() and not is_junk(f.name)]
-    found = [f for f in files if _is_table(f)]
+    found = _tables_in(path)
     if len(found) > 1: found = [f for f in found if _names_all(f)] or found  # Kaggle adds a sample of what to hand in
     if len(found) > 1:
         raise InputError(f'{path}: {found[0].name} and {found[1].name} are both tables of images; name one')
     return found[0] if found else None
 
 _TABLES = '.csv', '.tsv'
+
+def _tables_in(path):
+    files = [f for f in sorted(path.iterdir()) if f.suffix.lower() in _TABLES and f.is_file() and not is_junk(f.name)]
+    return [f for f in files if _is_table(f)]
 
 def _is_table(path):
     try: return bool(table_columns(read_csv(path)))
@@ -85,7 +88,7 @@ def _form_of(path):
 def _refuse_other_labels(path, parts):
     "Raises InputError if a table of most of the images tells different labels of those of one class folder"
     held = {c: len(folder_images(c)) for part in parts.values() for c in subfolders(part)}
-    for table in (f for f in path.iterdir() if f.suffix.lower() in _TABLES and f.is_file() and _is_table(f)):
+    for table in _tables_in(path):
         try: rows = read_table(table)
         except InputError: continue  # of something else
         told = {(f.parent, label) for f,label in zip(rows.file, rows.label) if f.parent in held}
