@@ -19,6 +19,7 @@ from cifar_cam.parallel import *
 from cifar_cam.callbacks import *
 from cifar_cam.recorder import *
 from cifar_cam.learner import *
+from cifar_cam.ablation import *
 from cifar_cam.forward import *
 from cifar_cam.layers import *
 from cifar_cam.maps import *

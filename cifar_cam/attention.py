@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .core import InputError
 from .forward import find_logits, tokens_matter, trace_layers, untouched
 from .layers import cam_layer
+from .targets import check_rows
 
 # %% ../nbs/12_attention.ipynb #7b8bec6f
 class _Attentions(TorchDispatchMode):
@@ -63,7 +64,8 @@ def _reads_places(model, x, output, length):
     calls = [c for c in trace_layers(model, x, output).calls
              if c.name and c.grid and c.grid.order in ('NLC', 'LNC') and c.grid.h*c.grid.w + c.grid.extra==length]
     last = max(calls, key=lambda c: c.end)
-    return not last.grid.start or tokens_matter(model, x, last.name, last.grid)
+    runs = sum(c.name == last.name for c in calls)
+    return not last.grid.extra or tokens_matter(model, x, f'{last.name}:{runs}', last.grid, output)
 
 def attention_rollout(
     model:nn.Module, # a transformer, unwrapped
@@ -76,6 +78,10 @@ def attention_rollout(
     grid = trace_layers(model, x[:1], output).grid(name) if isinstance(name, str) else None
     if grid is None or grid.order not in ('NLC', 'LNC') or grid.h*grid.w + grid.extra != matrices[0].shape[-1]:
         raise InputError("rollout needs tokens that lie as the image does in every block: choose another method")
-    places = slice(grid.start, grid.start + grid.h*grid.w)
-    rows = roll_out(matrices)[:, places if _reads_places(model, x[:1], output, len(matrices[0][0])) else slice(0, 1)]
-    return rows[:, :, places].mean(1).unflatten(1, (grid.h, grid.w)),find_logits(out, output).float()
+    end = grid.start + grid.h*grid.w
+    places = slice(grid.start, end)
+    token = slice(0, 1) if grid.start else slice(end, end + 1) # the class token may stand behind the places
+    rows = roll_out(matrices)[:, places if _reads_places(model, x[:1], output, len(matrices[0][0])) else token]
+    logits = find_logits(out, output).float()
+    check_rows(logits, x)
+    return rows[:, :, places].mean(1).unflatten(1, (grid.h, grid.w)),logits

@@ -293,11 +293,14 @@ def _label_column(path, labels):
 
 def _image_column(schema, path):
     import pyarrow.types as types
-    for f in schema:
-        if types.is_struct(f.type) and f.type.get_field_index('bytes') >= 0: return f.name
-    for f in schema:
-        if types.is_binary(f.type) or types.is_large_binary(f.type): return f.name
-    raise InputError(f'{path}: no column of images among {", ".join(schema.names)}')
+    found = ([f.name for f in schema if types.is_struct(f.type) and f.type.get_field_index('bytes') >= 0] or
+             [f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)])
+    if not found:
+        raise InputError(f'{path}: no column of images among {", ".join(schema.names)}')
+    name = found[0] if len(found) == 1 else usual_column(found, 'file')  # another may be of masks
+    if name is None:
+        raise InputError(f'{path}: {found[0]!r} and {found[1]!r} are both columns of images; name one of them image')
+    return name
 
 def _features(schema):
     "Column → its class names, of Hugging Face's head"

@@ -7,6 +7,8 @@ __all__ = ['CheckOutputs', 'StopOnNaN', 'L1Penalty', 'mix_callbacks', 'WeightAve
            'ProgressiveResize', 'FreezeWhitening']
 
 # %% ../nbs/09b_callbacks.ipynb #09bimp1c
+from math import isfinite
+
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -218,9 +220,8 @@ class UpdateRatio(Callback):
         self.done = self.before + self.train_iter
         row = self.recorder.values[-1] if self.recorder.values else []
         names = self.recorder.metric_names[1:]
-        if self.recorder.cancel_train: names = [n for n in names if not n.startswith('train_')]  # were not measured
         accuracy = dict(zip(names, row)).get('accuracy')
-        if accuracy is not None: self.accuracies.append((self.done, accuracy))
+        if accuracy is not None and isfinite(accuracy): self.accuracies.append((self.done, accuracy))
 
 # %% ../nbs/09b_callbacks.ipynb #e8742e4f
 def _draw_ratios(ax, cb):

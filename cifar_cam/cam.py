@@ -24,6 +24,7 @@ from .core import InputError, with_bar
 from .forward import as_input, find_logits, main_tensor, shape_grids, swap_tensor
 from .forward import trace_layers, untouched, unwrap
 from .layers import cam_layer, find_layer
+from .ablation import ablate_channels, ablation_cam, hang_once
 from .maps import mean_maps, mean_signed, scale_maps
 from .targets import are_functions, ask_about, check_rows, class_indices, two_sided
 
@@ -159,25 +160,9 @@ def _check_places(model, x, name, grid, grads, min_px, output):
 # %% ../nbs/12_cam.ipynb #f91ea172
 def _library_cam(net, key, cls, batch_size, options):
     "The library's object for `cls`, hung on no layer"
-    from pytorch_grad_cam import AblationLayer
-    if key == 'ablationcam':
-        options = dict(batch_size=batch_size, ablation_layer=AblationLayer()) | options
-        cls = type('AblationCAM', (cls,), dict(save_activation=_save_copy))
+    if key == 'ablationcam': return ablation_cam(net, batch_size=batch_size, **options)
     if key == 'scorecam': cls = type('ScoreCAM', (cls,), dict(batch_size=batch_size))
     return cls(net, [], **options)
-
-def _save_copy(cam, module, args, out):
-    if not torch.is_tensor(out):
-        raise InputError(f"ablationcam needs a layer that gives one tensor, not a {type(out).__name__}")
-    cam.activations = out.clone() # the next layer may write into it
-
-def _ablate_channels(cam, leaf, acts, order):
-    "The library's layer for ablation, where the channels are the last axis; '' is the order that a `reshape` hides"
-    from pytorch_grad_cam import AblationLayer, AblationLayerVit
-    if order == 'NCHW' or not order and leaf.ndim == 4 and leaf.shape[1] == acts.shape[1]: return
-    if order == 'LNC' or leaf.shape[-1] != acts.shape[1] or len(leaf) != len(acts):
-        raise InputError("ablationcam needs a layer whose channels are the second axis or the last")
-    if type(cam.ablation_layer) is AblationLayer: cam.ablation_layer = AblationLayerVit()
 
 def _made_map(to_map, n, t):
     m = to_map(t)
@@ -209,7 +194,10 @@ def _layer_maps(model, q, key, cls, name, eigen_smooth=False, batch_size=64, upr
     if not q.reshape: _check_places(model, x, name, grid, grads, q.min_px, q.output)
     to_map = partial(_made_map, q.reshape or grid.to_map, len(x))
     acts = to_map(leaf)
-    if key == 'ablationcam': _ablate_channels(cam, leaf, acts, '' if q.reshape else grid.order)
+    if key == 'ablationcam':
+        ablate_channels(cam, leaf, acts, '' if q.reshape else grid.order)
+        hang_once(model, layer)
+        cam.logits = logits
     at = None if grads is None else to_map(grads)
     if key == 'shapleycam': # a checkpoint runs its part again for this gradient too: as in the first pass
         with head_leaf(layer, run=run), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():

@@ -16,6 +16,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from fastai.vision.all import rank_distrib
 from fastcore.script import anno_parser, store_true
+from PIL import Image
 
 from . import __version__
 from .core import InputError, save_atomically
@@ -106,7 +107,11 @@ def _changes(settings, **given):
         if k not in Recipe.__dataclass_fields__:
             raise InputError(f"--set {k}={v}: unknown key {k!r}; choose one of "
                              f"{', '.join(Recipe.__dataclass_fields__)}")
-    return {k: v for k,_,v in pairs} | {k: v for k,v in given.items() if v is not None}
+    given = {k: v for k,v in given.items() if v is not None}
+    names = [*given, *(k for k,_,_ in pairs)]
+    if twice := [k for k in names if names.count(k) > 1]:
+        raise InputError(f'{twice[0]}: is set twice')
+    return {k: v for k,_,v in pairs} | given
 
 def _say_seeds(path):
     if rank_distrib(): return
@@ -141,7 +146,7 @@ def lr_find(
     set:_Setting=None, # another setting of the recipe, such as norm=group; may be repeated
 ):
     "Run the LR finder of a recipe; print its pick and draw its curve"
-    r = find_recipe(recipe, **_changes(set, lr='find', lr_min='find'))
+    r = find_recipe(recipe, **_changes(set) | dict(lr='find', lr_min='find'))
     path = Path(out)/f'{r.name}-lr_find.png'
     with folder_for(out):
         lr_min,lr = pick_lrs(recipe_learner(r, recipe_dls(r, data, seed), seed), r)
@@ -188,11 +193,19 @@ def explain(
         while name in names: name = f'{name}-{len(names) + 1}'  # a/cat.jpg and b/cat.jpg
         names.append(name)
         path = Path(out)/f'{name}.png'
+        if path.exists() and not _is_drawing(path):
+            raise InputError(f'{path}: is there already, and was not drawn by this command; name another folder')
         with folder_for(out):
             save_atomically(lambda f: fig.savefig(f, format='png', dpi=110, bbox_inches='tight'), path)
         plt.close(fig)
         print(f"{image}: {', '.join(f'{c} {100*p:.1f} %' for c,p in list(probs.items())[:3])}")
         print(path)
+
+def _is_drawing(path):
+    "Is the file a picture by matplotlib, and no photo?"
+    try:
+        with Image.open(path) as im: return 'Matplotlib' in str(im.info.get('Software'))
+    except (OSError, ValueError): return False
 
 # %% ../nbs/28_cli.ipynb #84462902
 def score(

@@ -86,8 +86,9 @@ def see_images(
     # the last one that runs; another may be registered behind it
     hooks = [m.register_forward_pre_hook(lambda _,args: given.update(last=args[0])) for m in _linear_layers(model)]
     try:
+        model.eval()
         with plain_loader(dl) as dl:
-            for x,y in dl: rows.append((*_see_batch(model.eval(), x, views, given, output), y.cpu().numpy()))
+            for x,y in dl: rows.append((*_see_batch(model, x, views, given, output), y.cpu().numpy()))
     finally:
         for h in hooks: h.remove()
         for m,mode in modes.items(): m.training = mode
@@ -98,7 +99,7 @@ def _see_batch(model, x, views, given, output):
     weights = [(None, 1)] if views=='plain' else TTA[views]  # the image as it is comes first in all of them
     seen = []
     for view,_ in weights:
-        seen.append(find_logits(model(x if view is None else view(x)), output).float())
+        seen.append(find_logits(model(x.clone() if view is None else view(x)), output).float())
         if len(seen)==1: embeddings = given['last'].float().flatten(1)
     logits = sum(w*l for (_,w),l in zip(weights, seen))/sum(w for _,w in weights)
     return tuple(o.cpu().numpy() for o in (logits, seen[0], embeddings))

@@ -32,8 +32,9 @@ def _tables_in(path):
     return [f for f in files if _is_table(f)]
 
 def _is_table(path):
-    try: return bool(table_columns(read_csv(path)))
+    try: rows = read_csv(path); columns = table_columns(rows)
     except InputError: return False
+    return bool(columns) and not {'probability', 'decision'} & set(rows.columns)  # what a network said, or what to change
 
 def _names_all(path):
     "Does the table name all images of the folders that it names any of?"
@@ -75,14 +76,16 @@ def _form_of(path):
     if parts := split_folders(path):
         _refuse_other_labels(path, parts)
         return 'folders'
-    inner = subfolders(path)
-    table = find_table(path)
-    classes = [d for d in inner if has_images(d) and not split_name(d.name)] if len(inner) > 1 else []
-    if classes and table:
-        held = _folders_of(table)
-        if len(held & set(classes)) > 1:
+    table,classes = find_table(path),_class_folders(path)
+    if table and not classes and len(inner := subfolders(path)) == 1:  # a folder around a whole data set
+        around = split_folders(inner[0])
+        below = [c for part in around.values() for c in subfolders(part)] or _class_folders(inner[0])
+        if _tells_classes(table, below) == 'few': table = None
+    if table and classes:
+        held,told = _folders_of(table),_tells_classes(table, classes)
+        if not held or told == 'few': table = None  # a table of something else, or of a few doubtful images
+        elif told or len(held & set(classes)) > 1:
             raise InputError(f'{path}: its class folders and {table.name} both tell labels; name it, or move it away')
-        if not held: table = None  # a table of something else
     return 'table' if table else 'classes' if classes else 'parquet' if parquet_files(path) else ''
 
 def _refuse_other_labels(path, parts):
@@ -95,6 +98,16 @@ def _refuse_other_labels(path, parts):
         folders = {folder for folder,_ in told}
         if len(told) > len(folders) and 2*len(rows) > sum(held[d] for d in folders):
             raise InputError(f'{path}: its class folders and {table.name} both tell labels; name it, or move it away')
+
+def _class_folders(path):
+    inner = subfolders(path)
+    return [d for d in inner if has_images(d) and not split_name(d.name)] if len(inner) > 1 else []
+
+def _tells_classes(table, folders):
+    "Are the labels of `table` names of class folders? 'few' of at most half of their images, or 'most'; '' if not"
+    rows = read_csv(table)
+    if not {c.strip() for c in rows[table_columns(rows)['label']]} <= {d.name for d in folders}: return ''
+    return 'few' if 2*len(rows) <= sum(len(folder_images(d)) for d in folders) else 'most'
 
 def _folders_of(table):
     "The folders that hold images that a table names"

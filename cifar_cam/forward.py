@@ -10,6 +10,7 @@ __all__ = ['unwrap', 'untouched', 'as_input', 'find_logits', 'main_tensor', 'swa
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import partial
+from itertools import count
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .core import InputError
+from .precision import full_float32
 
 # %% ../nbs/11_forward.ipynb #67cb3041
 def unwrap(
@@ -32,13 +34,6 @@ def unwrap(
         else: return model
 
 # %% ../nbs/11_forward.ipynb #f1544fae
-def _switches():
-    "(object, attribute, value) of PyTorch's switches for exact products of float32"
-    b = torch.backends
-    if not hasattr(b.cuda.matmul, 'fp32_precision'): return [(k, 'allow_tf32', False) for k in (b.cuda.matmul, b.cudnn)]
-    kinds = b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv
-    return [(k, 'fp32_precision', 'ieee') for k in kinds]
-
 class _RunsThrough:
     @staticmethod
     def apply(function, preserve_rng_state, *args): return function(*args)
@@ -46,16 +41,13 @@ class _RunsThrough:
 @contextmanager
 def _plain_passes():
     "Exact products, attention as written, no reentrant checkpoints"
-    held = [(o, a, getattr(o, a)) for o,a,_ in _switches()]
     fused = torch.backends.mha.get_fastpath_enabled()
     reentrant = checkpoint.CheckpointFunction
     try:
-        for o,a,exact in _switches(): setattr(o, a, exact)
         torch.backends.mha.set_fastpath_enabled(False)
         checkpoint.CheckpointFunction = _RunsThrough
-        yield
+        with full_float32(): yield
     finally:
-        for o,a,v in held: setattr(o, a, v)
         torch.backends.mha.set_fastpath_enabled(fused)
         checkpoint.CheckpointFunction = reentrant
 
@@ -66,7 +58,9 @@ def _eager(model):
     return torch.compiler.set_stance('force_eager') if compiled else nullcontext()
 
 def _evaluate(model):
-    try: model.eval().requires_grad_(False)
+    try: # not in one line: a `train` of the user's may return nothing
+        model.eval()
+        model.requires_grad_(False)
     except NotImplementedError:
         raise InputError("an exported program has no evaluation mode: pass the model that it was made from") from None
 
@@ -410,16 +404,22 @@ def trace_layers(
 def tokens_matter(
     model:nn.Module, # unwrapped
     x:torch.Tensor, # an image of the size to trace: N×C×H×W
-    name:str, # of a layer
+    name:str, # of a layer, with ':2' behind it for its second run
     grid:MapGrid, # how its output lies
+    output=None, # picks the logits: see `find_logits`
 ) -> bool:
-    "Does the network's output depend on the places of this layer's tokens?"
+    "Do the logits, or all of an output without logits, depend on the places of this layer's tokens?"
+    path,_,run = name.partition(':')
+    runs = count(1)
     def disturb(module, args, out):
+        if next(runs) != int(run or 1): return out
         t = main_tensor(out).clone()
         places = grid.to_map(t)[1:]
         noise = torch.randn(places.shape, generator=torch.Generator().manual_seed(0)).to(places)
         places.add_(noise*(places.std() + 1)) # a norm may begin with zeros
         return swap_tensor(out, t)
-    with untouched(model), model.get_submodule(name).register_forward_hook(disturb):
-        outs = [t for t in _tensors(model(_probe(x)[:1].repeat(2, 1, 1, 1))) if t.is_floating_point() and len(t) == 2]
+    with untouched(model), model.get_submodule(path).register_forward_hook(disturb):
+        out = model(_probe(x)[:1].repeat(2, 1, 1, 1))
+        try: outs = [find_logits(out, output)]
+        except InputError: outs = [t for t in _tensors(out) if t.is_floating_point() and len(t) == 2]
     return any((t[1] - t[0]).abs().max() > 1e-5*t.abs().max() for t in outs)

@@ -68,7 +68,7 @@ class History(Callback):
     def after_epoch(self):
         # `validate` and a skipped epoch train nothing
         if self.trained is None or hasattr(self.learn, 'lr_finder'): return
-        known = {k: v for k,v in self.recorder.row.items() if v is not None}
+        known = {k: v for k,v in self.recorder.row.items() if pd.notna(v)}
         row = dict(epoch=self._done() + 1, **{k: float(v) for k,v in known.items()})
         if len(self.dls.loaders) > 2:
             logits,targets = predict_loader(self.learn, self.dls[2])

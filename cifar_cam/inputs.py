@@ -57,9 +57,12 @@ def _is_image(name):
     hidden = any(p.startswith('.') and p not in ('.', '..') or p=='__MACOSX' for p in parts)
     return not hidden and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
+def _refuse(e):
+    raise InputError(f'{e.filename}: cannot be read ({e.strerror})') from None
+
 def _in_folder(folder):
     been = set()
-    for place,folders,files in os.walk(folder, followlinks=True):
+    for place,folders,files in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = sorted(d for d in folders if not d.startswith('.') and d!='__MACOSX')
         if os.path.realpath(place) in been:  # a link that leads in a circle
             folders[:] = []
@@ -184,11 +187,16 @@ def file_column(
     return column
 
 def _in_table(path, column):
-    cells = dict(usecols=[file_column(path, column)], dtype=str, keep_default_na=False)
+    column = file_column(path, column)
+    cells = dict(dtype=str, keep_default_na=False, chunksize=10_000)
     try:
-        for rows in pd.read_csv(path, sep=table_separator(path), chunksize=10_000, **cells): yield from rows.iloc[:, 0]
+        for rows in pd.read_csv(path, sep=table_separator(path), **cells):
+            if not isinstance(rows.index, pd.RangeIndex):
+                raise InputError(f'{path}: its lines have more cells than its header; quote names with commas')
+            yield from rows[column]
     except ValueError as e:
-        raise InputError(f'{path}: is not a table ({_reason(e)}); save it as UTF-8') from None
+        what = 'quote names with commas' if isinstance(e, pd.errors.ParserError) else 'save it as UTF-8'
+        raise InputError(f'{path}: is not a table ({_reason(e)}); {what}') from None
 
 # %% ../nbs/23_inputs.ipynb #561de7e3
 def where_named(
@@ -259,7 +267,8 @@ def _images_of(path, column, read):
     if path.suffix.lower() in ('.csv', '.tsv'):
         return where_named(_in_table(path, column), path.parent)
     if path.suffix.lower()=='.txt':
-        lines = path.read_text(encoding='utf-8-sig', errors='surrogateescape').split('\n')
+        try: lines = path.read_text(encoding='utf-8-sig', errors='surrogateescape').split('\n')
+        except OSError as e: _refuse(e)
         return where_named([line for line in lines if line.strip()], path.parent)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         return _in_archive(path, read)

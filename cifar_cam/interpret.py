@@ -7,7 +7,7 @@ __all__ = ['CamInterpretation']
 
 # %% ../nbs/14_interpret.ipynb #14imp3i
 import warnings
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 
@@ -88,7 +88,8 @@ def asked(self:CamInterpretation,
     """The class that each image's map is about. 'rival': the actual class, or for a right prediction the runner-up.
     Raises InputError for another word, and for a target that is not one index for each image"""
     if not isinstance(target, str):
-        if isinstance(target, list): target = [class_index(o, self.vocab) if isinstance(o, str) else o for o in target]
+        if not isinstance(target, torch.Tensor) and np.ndim(target)==1:
+            target = [class_index(o, self.vocab) if isinstance(o, str) else o for o in target]
         if (target := torch.as_tensor(target)).shape!=(len(idxs),):
             raise InputError(f"a target of shape {tuple(target.shape)} for {len(idxs)} images: "
                              "pass an index for each, 'predicted', 'actual', 'rival' or the name of a class")
@@ -101,6 +102,9 @@ def asked(self:CamInterpretation,
     return torch.full((len(idxs),), class_index(target, self.vocab, "'predicted', 'actual', 'rival' or "))
 
 # %% ../nbs/14_interpret.ipynb #d85967d5
+@cache # the same function each time: a network is traced once for each
+def _column(output): return partial(logit_column, output=output)
+
 @patch
 def cams(self:CamInterpretation,
     idxs:list, # places in the data set
@@ -114,11 +118,12 @@ def cams(self:CamInterpretation,
     if cam_method(method)[0] in self.at_chance:
         warnings.warn(f'the scorecard of this run finds the maps of {method} at chance: in ROAD the prediction does '
                       'not follow their order of pixels')
+    idxs = self._given(np.asarray(idxs))
     classes = self.asked(idxs, target)
     found = []
     model = self.learn.model
     output = kwargs.pop('output', self.output)
-    if self.one_output: output = partial(logit_column, output=output)
+    if self.one_output: output = _column(output)
     for xb in self.batches(idxs):
         t,classes = classes[:len(xb)],classes[len(xb):]
         found.append(cam_maps(model, xb, method, layer, t, min_px=min_px, output=output, **kwargs))

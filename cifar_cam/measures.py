@@ -22,9 +22,9 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from .core import InputError
-from .forward import find_logits, untouched, unwrap
+from .forward import as_input, find_logits, untouched, unwrap
 from .layers import find_layer, map_sizes
-from .targets import check_rows
+from .targets import check_rows, two_sided
 from .cam import cam_maps
 
 # %% ../nbs/15_measures.ipynb #8a2110e8
@@ -34,6 +34,12 @@ def _numpy_seed(seed):
     np.random.seed(seed)
     try: yield
     finally: np.random.set_state(state)
+
+def _check_lengths(**given):
+    "Raises InputError unless there is one of each for each image"
+    sizes = {k: len(v) for k,v in given.items()}
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"{', '.join(f'{n} {k}' for k,n in sizes.items())}: pass one for each image")
 
 def positive_maps(
     model:nn.Module, # a classifier of images
@@ -47,6 +53,7 @@ def positive_maps(
     **kwargs, # more for `cam_maps`: output, reshape, ...
 ) -> torch.Tensor: # float64 N×h×w, on the CPU
     "The positive part of each map at the layer's resolution; NaN where the network's output is not finite"
+    _check_lengths(images=x, targets=targets)
     with _numpy_seed(seed):
         found = [cam_maps(model, xb, method, layer, t, raw=True, min_px=min_px, **kwargs)
                  for xb,t in zip(x.split(bs), targets.split(bs))]
@@ -66,6 +73,9 @@ def cell_shares(
     "How much of each cell of a map lies in a region"
     h,w = size
     H,W = regions.shape[1:]
+    if not 0 <= float(regions.min()) <= float(regions.max()) <= 1:
+        raise InputError(f'a region of numbers up to {float(regions.max()):g}: a mask has True or 1 inside, False or 0 '
+                         'outside')
     return torch.einsum('hH,nHW,wW->nhw', _overlap(h, H), regions.cpu().double(), _overlap(w, W))
 
 def energy_inside(
@@ -74,6 +84,7 @@ def energy_inside(
 ) -> torch.Tensor: # N scores in [0,1]
     """The share of a map's positive attribution that lies in a region; 0 for a map without any, NaN for NaN (Wang et
     al. 2020)"""
+    _check_lengths(maps=maps, regions=regions)
     maps = maps.cpu().clamp(min=0).double()
     inside,total = (maps*cell_shares(regions, maps.shape[1:])).sum((1, 2)),maps.sum((1, 2))
     return torch.where(total == 0, 0., inside/total)
@@ -87,6 +98,7 @@ def pointing_game(
     masks:torch.Tensor, # N×H×W booleans
 ) -> torch.Tensor: # N scores, 0 or 1 except for tied maxima
     "Is the highest place of the map in the mask? 0 for a map without attribution, NaN for NaN (Zhang et al. 2016)"
+    _check_lengths(maps=maps, masks=masks)
     m = _enlarged(maps.cpu().double(), masks.shape[1:]).flatten(1)
     masks = masks.cpu()
     high = m.amax(1, keepdim=True)
@@ -140,7 +152,7 @@ def grid_pg(
 ) -> torch.Tensor: # M×4 scores; chance is 0.25, a map without attribution scores 0
     "The share of the positive attribution in the quadrant of the requested class (Rao et al. 2022)"
     quadrants = torch.eye(4).view(4, 1, 2, 2)
-    return torch.stack([energy_inside(m, q) for m,q in zip(maps.unbind(1), quadrants)], 1)
+    return torch.stack([energy_inside(m, q.expand(len(m), 2, 2)) for m,q in zip(maps.unbind(1), quadrants)], 1)
 
 # %% ../nbs/15_measures.ipynb #fd3c499c
 def removal_order(
@@ -160,8 +172,10 @@ def target_probs(
     targets:torch.Tensor, # N indices
     bs:int=256, # images a batch
     output=None, # picks the logits: see `find_logits`
+    to_probs=None, # makes N×classes probabilities of the logits; None: softmax, of a single logit the sigmoid
 ) -> torch.Tensor: # N probabilities, on the CPU
-    "The softmax probability of one class for each image; a single logit is that of the second of two classes"
+    "The probability of one class for each image; a single logit is that of the second of two classes"
+    _check_lengths(images=x, targets=targets)
     model = unwrap(model)
     x = x.as_subclass(torch.Tensor)
     p = next(model.parameters())
@@ -170,8 +184,8 @@ def target_probs(
         given = (xb.to(p.device, p.dtype, copy=True) for xb in x.split(bs))
         logits = torch.cat([find_logits(model(xb), output).float().cpu() for xb in given])
     check_rows(logits, x)
-    if logits.shape[1] == 1: logits = torch.cat([-logits, logits], 1)/2 # their softmax is the sigmoid
-    probs = logits.softmax(1)
+    if to_probs: probs = to_probs(logits)
+    else: probs = (two_sided(logits)/2 if logits.shape[1] == 1 else logits).softmax(1) # that of two is the sigmoid
     return probs.gather(1, targets.cpu().as_subclass(torch.Tensor)[:, None])[:, 0]
 
 # %% ../nbs/15_measures.ipynb #22df5c16
@@ -231,8 +245,10 @@ def road(
     noise:float=0.01, # standard deviation, in units of the normalised image, as in the library
     seed:int=0, # of the noise and of the order of equal pixels
     output=None, # picks the logits: see `find_logits`
+    to_probs=None, # see `target_probs`
 ) -> torch.Tensor: # N scores: half of (probability without the least − without the most important pixels)
     "ROAD, combined: higher is better, a random order gives 0, NaN for a NaN map (Rong et al. 2022)"
+    _check_lengths(images=x, targets=targets, maps=maps)
     order = removal_order(maps, x.shape[2:], seed)
     H,W = x.shape[2:]
     eps = noise*torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
@@ -241,7 +257,7 @@ def road(
         gone = H*W - ceil(p*(H*W - 1)/100) # as many as reach the library's threshold when no two pixels are equal
         for sign,first in ((-1, order), (1, order.flip(1))):
             keep = torch.ones(len(x), H*W, dtype=torch.bool).scatter(1, first[:, :gone], False).view(-1, H, W)
-            probs = target_probs(model, impute_pixels(x, keep, eps), targets, output=output)
+            probs = target_probs(model, impute_pixels(x, keep, eps), targets, output=output, to_probs=to_probs)
             score += sign*probs/(2*len(percentiles))
     return score.masked_fill(maps.isnan().flatten(1).any(1).cpu(), torch.nan)
 
@@ -254,14 +270,16 @@ def deletion_insertion(
     steps:int=16, # parts in which the pixels go: 64 pixels each at 32×32, four cells of an 8×8 map
     seed:int=0, # for the order of equal pixels
     output=None, # picks the logits: see `find_logits`
+    to_probs=None, # see `target_probs`
 ) -> tuple: # N areas under the deletion curve, N areas under the insertion curve
     """Deletion, lower is better, and insertion, higher is better, from an 11×11 Gaussian blur of σ=5 (Petsiuk et al.
     2018)"""
+    _check_lengths(images=x, targets=targets, maps=maps)
     rank = removal_order(maps, x.shape[2:], seed).argsort(1).view(len(x), 1, *x.shape[2:]).to(x.device)
     done = torch.linspace(0, rank[0].numel(), steps + 1).round()
     lost = maps.isnan().flatten(1).any(1).cpu()
     def area(first, rest):
-        def probs(k): return target_probs(model, torch.where(rank < k, first, rest), targets, output=output)
+        def probs(k): return target_probs(model, torch.where(rank < k, first, rest), targets, 256, output, to_probs)
         curve = torch.stack([probs(k) for k in done], 1)
         return torch.trapezoid(curve, done/done[-1], dim=1).masked_fill(lost, torch.nan)
     return area(torch.zeros_like(x), x),area(x, gaussian_blur(x, [11, 11], [5., 5.]))
@@ -283,8 +301,11 @@ def _weighted_layers(model, x):
     return layers
 
 def _reset(module):
-    if hasattr(module, 'reset_parameters'): return module.reset_parameters()
-    for p in module.parameters(recurse=False): p.copy_(p.flatten()[torch.randperm(p.numel()).to(p.device)].view_as(p))
+    own = list(module.parameters(recurse=False))
+    trained = [p.clone() for p in own]
+    if hasattr(module, 'reset_parameters'): module.reset_parameters()
+    for p,old in zip(own, trained): # what it does not reach, such as the parameters of a weight norm or a LoRA
+        if p.equal(old): p.copy_(p.flatten()[torch.randperm(p.numel()).to(p.device)].view_as(p))
 
 # %% ../nbs/15_measures.ipynb #12f96ec3
 def randomised(
@@ -294,7 +315,10 @@ def randomised(
 ) -> Iterator: # of (layer name, network)
     """Destroy one copy of `model` layer by layer from the top, and give (layer, the copy) after each: the same
     object every time. At the end no weight is trained (Adebayo et al. 2018)"""
-    net = deepcopy(unwrap(model)).eval()
+    model = unwrap(model)
+    with untouched(model): model(as_input(model, x[:1])) # a weight norm can only be copied after a pass without gradients
+    net = deepcopy(model)
+    net.eval()
     p = next(net.parameters())
     for i,(name,modules) in enumerate(reversed(_weighted_layers(net, x.to(p.device, p.dtype)))):
         with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())

@@ -82,7 +82,8 @@ def layer_table(
     training = {m: m.training for m in model.modules()}
     device = next(model.parameters()).device
     try:
-        with torch.no_grad(): model.eval()(torch.zeros(1, 3, size, size, device=device))
+        model.eval()
+        with torch.no_grad(): model(torch.zeros(1, 3, size, size, device=device))
     finally:
         for m,t in training.items(): m.training = t
         for h in handles: h.remove()

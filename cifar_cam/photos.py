@@ -24,12 +24,31 @@ def _rgb(im):
     "A PIL image of any mode as RGB. 16-bit greys are scaled to 8, floats by their range; transparency is laid on white"
     if im.mode[0] in 'IF':
         a = np.nan_to_num(np.asarray(im).astype(np.float64))
-        low,high = (a.min(), a.max()) if im.mode[0]=='F' else (0, 65535)
+        small = im.mode=='I' and a.max() <= 255 # a TIFF of 32 bits; 16 bits are another mode
+        low,high = (a.min(), a.max()) if im.mode[0]=='F' else (0, 255 if small else 65535)
         scaled = (255*(a - low)/max(high - low, 1e-9)).round().clip(0, 255).astype(np.uint8)
         return Image.fromarray(scaled).convert('RGB')
     if im.mode[-1] not in 'Aa' and 'transparency' not in im.info: return im.convert('RGB')
     im = im.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
+
+# %% ../nbs/01a_photos.ipynb #01aarrc1
+def _as_bytes(pixels):
+    "An array or a tensor of numbers as uint8 in PIL's order of axes"
+    a = pixels.detach().cpu() if isinstance(pixels, torch.Tensor) else pixels
+    a = np.asarray(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a)
+    if a.ndim==3 and a.shape[0] in (1, 3, 4) and a.shape[2] not in (3, 4): a = a.transpose(1, 2, 0)
+    if a.ndim==3 and a.shape[2]==1: a = a[:, :, 0]
+    if a.size==0 or a.ndim not in (2, 3) or a.ndim==3 and a.shape[2] not in (3, 4):
+        raise InputError(f'an array of shape {tuple(pixels.shape)} is no image; images are H×W, H×W×3 or 3×H×W')
+    low,high = float(a.min()),float(a.max())
+    if a.dtype==np.uint8: return a
+    whole = a.dtype.kind in 'iu'
+    white = 255 if high <= 255 and (whole or high > 1) else 65535 if whole else 1
+    if not 0 <= low <= high <= white:
+        raise InputError(f'an array of {a.dtype} from {low:.4g} to {high:.4g} is no image; its numbers go from 0 to 1, '
+                         'or from 0 to 255')
+    return np.ascontiguousarray((a.astype(np.float64)*255/white).round().astype(np.uint8))
 
 # %% ../nbs/01a_photos.ipynb #85c8f291
 def open_photo(
@@ -52,10 +71,11 @@ class NamedImage(PILImage):
         fn:Path|str|torch.Tensor|ndarray|bytes|Image.Image, # an image, or where it is
         **kwargs, # more for `PILImage.create`
     ):
-        "The image, opened by `open_photo`"
+        "The image, opened by `open_photo`. Raises InputError for numbers that are no picture's"
         if isinstance(fn, bytes):
             try: fn = Image.open(BytesIO(fn))
             except UnidentifiedImageError: raise InputError(f'{len(fn)} bytes that are no image') from None
+        elif isinstance(fn, (torch.Tensor, ndarray)): fn = Image.fromarray(_as_bytes(fn))
         elif not isinstance(fn, (str, Path, Image.Image)): fn = super().create(fn, **kwargs)
         return cls(open_photo(fn))
 

@@ -97,6 +97,7 @@ class GrowingTable:
     def resume(self,
         items, # each gets a row, in the same order as before
         key, # gives the first column of an item's row
+        whole=None, # of an item and its row: is there what belongs to them beside the table? None: nothing does
     ) -> tuple: # (rows that are kept, the items that are left)
         "Keep the rows that are there as far as they are whole and those of `items`"
         items = iter(items)
@@ -104,7 +105,9 @@ class GrowingTable:
         end = 0
         for row,place in whole_rows(self.part, len(self.columns)) if self.part.exists() else ():
             item = None if kept < 0 else next(items, None)
-            if row != self.columns if kept < 0 else item is None or key(item) != row[0]:
+            if kept < 0: fits = row==self.columns
+            else: fits = item is not None and key(item)==row[0] and (whole is None or whole(item, row))
+            if not fits:
                 items = items if item is None else chain([item], items)
                 break
             kept += 1
@@ -256,7 +259,8 @@ def predict_images(
             raise InputError(f'{cams}: is not empty; name another folder, or pass --force')
         try:
             images = _asked_images(given, column, cams)
-            kept,left = table.resume(images, lambda o: _kaggle_id(o[0]) if kaggle else o[0])
+            kept,left = table.resume(images, lambda o: _kaggle_id(o[0]) if kaggle else o[0],
+                                     lambda o, row: not cams or not row[1] or _overlay_path(cams, o[0]).exists())
             _predict_all(table, left, total - kept, run, dict(bs=bs, tta=tta, kaggle=kaggle, top=top, classes=classes),
                          cams, method, device)
             table.finish()

@@ -319,7 +319,8 @@ def _given(self:Predictions, which):
         raise InputError(f'a choice of yes and no for {which.size} images: there are {n:,}')
     if which.size and which.dtype.kind not in 'biu' and (which.dtype.kind!='f' or (which!=which.round()).any()):
         raise InputError(f'which={which.flat[0]!r}, …: choose images by whole numbers')
-    idxs = (np.flatnonzero(which) if which.dtype==bool else which).astype(int).flatten().tolist()
+    if which.dtype==bool: which = np.flatnonzero(which)
+    idxs = which.astype(int).flatten().tolist()
     for i in idxs:
         if not 0 <= i < n:
             raise InputError(f'image {i} is out of range: there are {n:,}, from 0 to {n-1}')
@@ -341,7 +342,7 @@ def files(self:Predictions,
     idxs:list, # places in the data set
 ) -> list:
     "The items of images, most often their files; of a data frame, rows"
-    return [getattr(self.dl.items, 'iloc', self.dl.items)[i] for i in idxs]
+    return [getattr(self.dl.items, 'iloc', self.dl.items)[i] for i in self._given(np.asarray(idxs))]
 
 @patch
 def file_names(self:Predictions,
@@ -380,6 +381,8 @@ def batches(self:Predictions,
 ):
     """The images at `idxs` as the network takes them: in batches as large as the loader's, or of a million pixels if
     that is more, but of 256 images at most"""
+    if not (idxs := self._given(np.asarray(idxs))):
+        raise InputError('no image is chosen: name at least one')
     if not hasattr(self, '_few'): # 256 CIFAR images, 20 of 224×224
         self._few = min(256, max(self.dl.bs, 2**20//next(image_batches(self.dl, [0], 1))[0, 0].numel()))
     return image_batches(self.dl, idxs, self._few)
@@ -387,7 +390,7 @@ def batches(self:Predictions,
 @patch
 def __getitem__(self:Predictions, idxs) -> tuple:
     "As in fastai: (inputs, probabilities, targets, predicted classes, losses). Only the images are read again"
-    idxs = torch.as_tensor(idxs).flatten().tolist()
+    idxs = self._given(np.asarray(idxs))
     return torch.cat(list(self.batches(idxs))),self.probs[idxs],self.targs[idxs],self.preds[idxs],self.losses[idxs]
 
 @patch

@@ -6,6 +6,7 @@
 __all__ = ['CrossEntropy', 'Accuracy', 'LightRecorder', 'LightProgress']
 
 # %% ../nbs/09c_recorder.ipynb #09cimp1r
+from math import nan
 from time import perf_counter
 
 import torch
@@ -112,9 +113,14 @@ class LightRecorder(Recorder):
     def after_train(self):
         new = self.losses[self.begin:] = _to_host(self.measured, self.losses[self.begin:])
         self.trained = [*(m.value for m in self.measured), float(self.opt.hypers[-1]['lr'])]
-        if self.cancel_train: self.trained = []  # as fastai does with its own
-        if self.train_metrics or self.cancel_train or not new: super().after_train()
+        if self.cancel_train: self._leave_out()
+        elif self.train_metrics or not new: super().after_train()
         else: self.log.append(new[-1].item())  # the smoothed loss, which is on the host already
+
+    def _leave_out(self):
+        "Of an epoch that is cut short, fastai leaves these columns out, and the others move to their places"
+        self.trained[:-1] = [nan]*len(self.measured)
+        self.log += [nan]*(1 + self.train_metrics*len(self.metrics))
 
     def before_validate(self):
         super().before_validate()
@@ -123,14 +129,13 @@ class LightRecorder(Recorder):
     def after_validate(self):
         _to_host(self.now)
         super().after_validate()
-        if not self.cancel_valid: self.log += self.trained
+        if self.cancel_valid and self.valid_metrics: self.log += [nan]*(1 + len(self.metrics))
+        self.log += self.trained
 
     @property
     def row(self) -> dict:
         "The last epoch by our names: `train_loss`, `train_accuracy`, `valid_loss`, `valid_accuracy`, `lr`"
-        told = self.metric_names[1:]
-        if self.cancel_train: told = [n for n in told if n!='lr' and not n.startswith('train_')]  # were not measured
-        found = dict(zip(told, self.values[-1]))
+        found = dict(zip(self.metric_names[1:], self.values[-1]))
         names = ['loss', *(m.name for m in self.metrics)]
         pairs = [(f'train_{n}', f'train_{n}') for n in names] + [(f'valid_{n}', n) for n in names]
         row = {ours: found[k] for ours,theirs in pairs for k in (ours, theirs) if k in found}

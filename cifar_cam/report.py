@@ -413,7 +413,7 @@ def compare_runs(
         hits = np.empty((len(runs), 0), bool)
         reports = [read_class_report(o.path) for o in runs]
     differences = _differences(hits) if same else [None]*len(runs)
-    path = Path(path or runs[0].path.absolute().parent/f'comparison-{time.strftime("%Y%m%d-%H%M%S")}.html')
+    path = Path(path or runs[0].path.resolve().parent/f'comparison-{time.strftime("%Y%m%d-%H%M%S")}.html')
     return _render('compare.html', path, page, same=same, runs=list(zip(runs, labels, map(_selected, runs),
                                                                         differences)),
         curves=_compared_curves(runs, labels), history=_compared_history(runs, labels),

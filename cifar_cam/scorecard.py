@@ -22,6 +22,7 @@ from .core import check_seed, InputError, save_atomically, with_bar, writing
 from .library import AtSize
 from .shapes import load_mask, mask_path
 from .panels import new_figure
+from .heads import class_probs
 from .interpret import CamInterpretation
 from .measures import (bootstrap_interval, cascade, deletion_insertion, energy_inside, grid_maps, grid_pg,
                                 layer_names, montage, pick_montages, pointing_game, positive_maps, randomised,
@@ -180,7 +181,7 @@ def plot_cascade(self:Scorecard,
     return fig
 
 # %% ../nbs/16_scorecard.ipynb #6a2074f6
-def _image_scores(model, x, y, maps, masks, seed, output=None):
+def _image_scores(model, x, y, maps, masks, seed, **how):
     "The measures that need the images, their maps and, for two of them, masks"
     scores = {}
     if masks is not None:
@@ -188,16 +189,16 @@ def _image_scores(model, x, y, maps, masks, seed, output=None):
         if len(x) > 1:
             scores |= dict(energy_other=energy_inside(maps, masks.roll(1, 0)),
                            pointing_other=pointing_game(maps, masks.roll(1, 0)))
-    scores |= dict(road=road(model, x, y, maps, seed=seed, output=output))
-    scores['deletion'],scores['insertion'] = deletion_insertion(model, x, y, maps, seed=seed, output=output)
+    scores |= dict(road=road(model, x, y, maps, seed=seed, **how))
+    scores['deletion'],scores['insertion'] = deletion_insertion(model, x, y, maps, seed=seed, **how)
     return {k: v.numpy() for k,v in scores.items()}
 
 def _count(maps): return dict(zero=int((maps.sum((1, 2)) == 0).sum()), nan=int(maps.isnan().flatten(1).any(1).sum()))
 
-def _chance_scores(model, x, y, maps, masks, seed, output=None):
+def _chance_scores(model, x, y, maps, masks, seed, **how):
     "`_image_scores` of noise with as many cells as `maps`, with the expected value where it is known"
     noise = torch.rand(maps.shape, generator=torch.Generator().manual_seed(seed))
-    scores = _image_scores(model, x, y, noise, None, seed, output)
+    scores = _image_scores(model, x, y, noise, None, seed, **how)
     if masks is not None: scores |= dict.fromkeys(('energy', 'pointing'), masks.double().mean((1, 2)).numpy())
     return scores | dict(gridpg=np.array([0.25]), randomisation=np.abs(rank_correlation(noise, maps)))
 
@@ -293,6 +294,7 @@ def score_cams(
     y = interp.targs[idxs]
     masks = _masks(interp, idxs, masks)
     tiles,shrunk = _tiles(model, interp[fours][0].as_subclass(torch.Tensor), output) if len(fours) else (None, False)
+    def to_probs(logits): return class_probs(logits, len(interp.vocab), interp.learn.loss_func, interp.act)[0]
     def found(o): return None if o is None else _found_layer(model, layer, o[:1], min_px, output, reshape)
     about |= dict(layer=found(x), montage_layer=found(tiles), shrunk=shrunk, cascaded=len(x[:cascaded]))
     given = dict(layer=layer, min_px=min_px, seed=seed, output=output, reshape=reshape)
@@ -304,7 +306,7 @@ def score_cams(
     for row,(net,method) in with_bar(rows.items(), show=progress):
         how = dict(given, method=method)
         maps = positive_maps(net, x, y, **how)
-        scores[row] = _image_scores(model, x, y, maps, masks, seed, output)
+        scores[row] = _image_scores(model, x, y, maps, masks, seed, output=output, to_probs=to_probs)
         counts[row] = _count(maps)
         if tiles is not None:
             of_four = grid_maps(net, tiles, interp.targs[fours], **how)
@@ -316,7 +318,7 @@ def score_cams(
             scores[row]['randomisation'] = [*remains.values()][-1]
             cascades[row] = {l: _mean(r) for l,r in remains.items()}
     like = positive_maps(model, x, y, methods[0], **given)
-    scores['chance'] = _chance_scores(model, x, y, like, masks, seed, output)
+    scores['chance'] = _chance_scores(model, x, y, like, masks, seed, output=output, to_probs=to_probs)
     return Scorecard(scores, counts, cascades, dict(about, methods=methods, classes=[str(c) for c in interp.vocab],
                                                    min_prob=min_prob, seed=seed))
 

@@ -9,16 +9,17 @@ __all__ = ['SHARED', 'model_card', 'push_to_hub', 'ship_run', 'pretrained_run']
 import csv, json, shutil
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fastai.vision.all import DataLoaders, patch
 
-from .core import InputError, save_atomically, sha256, write_json
+from .core import InputError, save_atomically, sha256, write_json, writing
 from .learner import cifar_learner
 from .interpret import CamInterpretation
 from .scorecard import methods_at_chance
 from .recipe import recipe_learner
 from .evaluate import evaluate_learner, image_format, load_weights, normalised_as, save_weights
-from .run import load_run, Run
+from .run import folder_for, load_run, Run
 from .summary import changed_settings
 
 # %% ../nbs/22_share.ipynb #2443dd6d
@@ -97,9 +98,17 @@ def push_to_hub(
         raise InputError(f'{run.path}: the training is not finished; `cifar-cam train --resume {run.path}` goes on')
     save_atomically(lambda f: f.write_text(model_card(run, license), encoding='utf-8', errors='backslashreplace'),
                     run.path/'README.md')
-    api = HfApi()
-    url = api.create_repo(repo, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo, folder_path=run.path, allow_patterns=SHARED)
+    # for the Hub, the * of *.json stands for folders too: a validation may name the place of private images
+    files = [f.relative_to(run.path).as_posix() for o in SHARED for f in sorted(run.path.glob(o))]
+    try:
+        api = HfApi()
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=run.path, allow_patterns=files,
+                          delete_patterns=SHARED)  # of a run that was there before
+    except Exception as e:  # the Hub's package and those that it builds on have many errors
+        why = str(e).partition('\n')[0] or type(e).__name__
+        raise InputError(f'{repo}: cannot be uploaded ({why}); look at the connection, the name and `hf auth login`') \
+            from None
     return str(url)
 
 # %% ../nbs/22_share.ipynb #aeee94e9
@@ -107,23 +116,40 @@ def ship_run(
     run:Run, # a finished run
     path:str|Path, # the folder that gets the record, float16 weights and a model card
 ) -> Run: # what lies there
-    "A run folder small enough for a wheel. Its metrics are those of the rounded weights"
-    path = Path(path)
+    """A run folder small enough for a wheel. Its metrics are those of the rounded weights. Raises InputError for a
+    folder that holds anything but a run that was shipped before"""
+    path = Path(path).absolute()
     if path.resolve()==run.path.resolve():
         raise InputError(f'{path}: is the run itself; name another folder')
+    _check_shipped(path)
     model = run.model  # a run that is not finished has none
     learn = recipe_learner(run.recipe, run.dls, run.env['seed'])
-    path.mkdir(parents=True, exist_ok=True)
-    for name in 'recipe.json', 'env.json', 'history.csv', 'lrs.json', 'score.json', 'decisions.csv':
-        if (run.path/name).exists(): shutil.copy(run.path/name, path/name)
-        else: (path/name).unlink(missing_ok=True)  # of a run that was shipped there before
-    save_weights(model, path/'weights.safetensors', half=True)
-    load_weights(learn.model, path/'weights.safetensors')
-    measured = evaluate_learner(learn, learn.dls[-1], run.recipe.tta)
-    write_json(run.metrics | measured | dict(weights_sha256=sha256(path/'weights.safetensors')), path/'metrics.json')
-    shipped = load_run(path)
-    (path/'README.md').write_text(model_card(shipped, 'apache-2.0'), encoding='utf-8', errors='backslashreplace')
-    return shipped
+    with folder_for(path.parent), writing(path), TemporaryDirectory(dir=path.parent, prefix='.shipping-') as tmp:
+        folder = Path(tmp)/path.name
+        folder.mkdir()
+        for name in _RECORD:
+            if (run.path/name).exists(): shutil.copy(run.path/name, folder/name)
+        save_weights(model, folder/'weights.safetensors', half=True)
+        load_weights(learn.model, folder/'weights.safetensors')
+        measured = evaluate_learner(learn, learn.dls[-1], run.recipe.tta)
+        digest = sha256(folder/'weights.safetensors')
+        write_json(run.metrics | measured | dict(weights_sha256=digest), folder/'metrics.json')
+        card = model_card(load_run(folder), 'apache-2.0')
+        (folder/'README.md').write_text(card, encoding='utf-8', errors='backslashreplace')
+        if path.exists(): shutil.rmtree(path)  # of a run that was shipped there before
+        folder.rename(path)
+    return load_run(path)
+
+_RECORD = 'recipe.json', 'env.json', 'history.csv', 'lrs.json', 'score.json', 'decisions.csv'
+
+def _check_shipped(path):
+    "A run that was shipped before is written over; nothing else is"
+    if path.exists() and not path.is_dir():
+        raise InputError(f'{path}: is a file; name a folder')
+    there = {o.name for o in path.iterdir()} if path.exists() else set()
+    other = there - {*_RECORD, 'metrics.json', 'weights.safetensors', 'README.md'}
+    if other or there and not {'metrics.json', 'weights.safetensors'} <= there:
+        raise InputError(f'{path}: holds {min(other or there)}, so it is no run that was shipped; name another folder')
 
 # %% ../nbs/22_share.ipynb #f40d51e0
 def pretrained_run() -> Run:

@@ -51,9 +51,13 @@ def _range(r, k, low, high, how):
     if how and not log:
         try:
             step = int(how) if whole else float(how)
-            assert step > 0
+            assert 0 < step <= b - a
         except (ValueError, AssertionError):
-            raise InputError(f'{k}={low}..{high}:{how}: write :log, or a step above 0') from None
+            raise InputError(f'{k}={low}..{high}:{how}: write :log, or a step above 0 that fits into it') from None
+        count = round((b - a)/step)
+        if abs(a + count*step - b) > 1e-9*abs(b):
+            raise InputError(f'{k}={low}..{high}:{how}: its steps do not end at {high}; the nearest end is '
+                             f'{a + count*step:.6g}')
     if log and a <= 0:
         raise InputError(f'{k}={low}..{high}:log: a logarithmic range begins above 0')
     return optuna.distributions.IntDistribution(a, b, log=log, step=step or 1) if whole \

@@ -30,13 +30,17 @@ def split_name(
     return _SPLITS.get(str(name).strip().lower(), '')
 
 # %% ../nbs/01b_tables.ipynb #01bpartc
+def _plain(name): return re.sub(r'\W+', '_', str(name).strip().lower())
+
 def part_name(
     cell, # of a table
     column:str, # its column
 ) -> str:
     "'train', 'valid' or 'test'; '' for any other cell"
-    if str(column).strip().lower() != 'is_valid': return split_name(cell)
-    return {'true': 'valid', '1': 'valid', 'false': 'train', '0': 'train'}.get(str(cell).strip().lower(), '')
+    said = str(cell).strip().lower()
+    yes = dict(is_valid='valid', is_test='test').get(_plain(column))
+    if not yes: return split_name(said)
+    return yes if said in ('true', '1', '1.0') else 'train' if said in ('false', '0', '0.0') else ''
 
 # %% ../nbs/01b_tables.ipynb #1ce1a9a1
 def is_junk(
@@ -160,10 +164,10 @@ def _renamed(message, folder, tmp, source): return message.replace(str(folder), 
 _COLUMNS = dict(file='file filename file_name filepath file_path path fname image image_path image_file img photo '
                     'picture name fn image_id id',
                label='label labels class class_name category target species breed kind y',
-               split='split set subset part is_valid')
+               split='split set subset part is_valid is_test')
 
 def _column(columns, names):
-    there = {re.sub(r'\W+', '_', str(c).strip().lower()): c for c in reversed([*columns])}
+    there = {_plain(c): c for c in reversed([*columns])}
     return next((there[n] for n in names.split() if n in there), None)
 
 def usual_column(
@@ -188,6 +192,9 @@ def table_columns(
             raise InputError(f'{name}: has no column {c!r}; name one of {", ".join(map(str, rows.columns))}')
     kinds = dict(_COLUMNS, label=f'{labels}_label {_COLUMNS["label"] if labels == "fine" else ""}')
     found = {kind: c for kind,names in kinds.items() if (c := _column(rows.columns, names)) is not None} | chosen
+    for kind,c in found.items():
+        if alike := [o for o in rows.columns if o != c and _plain(o) == _plain(c) and kind not in chosen]:
+            raise InputError(f'{name}: has two columns for the {kind}, {c!r} and {alike[0]!r}; rename one')
     for kind in 'file', 'label':
         if kind not in found:
             wanted = 'coarse_label' if kind == 'label' and labels == 'coarse' else kind
@@ -254,7 +261,9 @@ def read_csv(
 ) -> pd.DataFrame: # its index is the line of each row
     "The cells of a table as text. Raises InputError if the file is no table"
     try:
-        rows = pd.read_csv(path, sep=table_separator(path), dtype=str, keep_default_na=False, encoding='utf-8-sig')
+        as_text = dict(sep=table_separator(path), dtype=str, keep_default_na=False, encoding='utf-8-sig')
+        rows = pd.read_csv(path, **as_text)
+        head = pd.read_csv(path, header=None, nrows=1, **as_text).iloc[0]
         lines = _full_lines(path)
     except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
     except ValueError as e:
@@ -262,6 +271,8 @@ def read_csv(
         raise InputError(f'{path}: no table of {of}{other} ({e})') from None
     if not isinstance(rows.index, pd.RangeIndex):
         raise InputError(f'{path}: its lines have more cells than its header')
+    if twice := [c for c,n in Counter(head).items() if c and n > 1]:  # pandas calls the second one label.1
+        raise InputError(f'{path}: has two columns {twice[0]!r}; rename one')
     if len(rows.columns) < 2:
         raise InputError(f'{path}: no table of {of}: its first line must name columns, as in file,label')
     return rows.set_axis(lines[1:] if len(lines) == len(rows) + 1 else range(2, len(rows) + 2))

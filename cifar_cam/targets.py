@@ -32,6 +32,8 @@ def _index(t, n, vocab):
             raise InputError(f"target {t!r} is a name: pass vocab, the list of the class names")
         if t not in (names := [str(o) for o in vocab]):
             raise InputError(f"unknown class {t!r}: {_unknown(t, names)}")
+        if names.count(t) > 1:
+            raise InputError(f"class {t!r} is there {names.count(t)} times: pass its index")
         t = names.index(t)
     if isinstance(t, bool) or not hasattr(t, '__index__'):
         raise InputError(f"target {t!r} is neither a class name nor an index")
@@ -51,7 +53,7 @@ def class_indices(
     if isinstance(targets, str) and targets=='runner-up':
         if C < 2:
             raise InputError("'runner-up' needs a model with two classes or more")
-        return logits.topk(2).indices[:, 1]
+        return logits.scatter(1, logits.argmax(1, keepdim=True), -torch.inf).argmax(1)  # topk may give it first in a tie
     if hasattr(targets, 'tolist'): targets = targets.tolist()
     one = isinstance(targets, (str, int)) or not isinstance(targets, Iterable)
     idxs = [_index(t, C, vocab) for t in ([targets]*N if one else targets)]
@@ -81,7 +83,9 @@ def two_sided(
 
 def _names(vocab, logits):
     "The class names: those of one logit may be the positive class's alone"
-    return [f'not {vocab[0]}', vocab[0]] if vocab is not None and len(vocab) == 1 and logits.shape[1] == 2 else vocab
+    if vocab is None or len(vocab) == logits.shape[1]: return vocab
+    if len(vocab) == 1 and logits.shape[1] == 2: return [f'not {vocab[0]}', vocab[0]]
+    raise InputError(f'{len(vocab)} class names for {logits.shape[1]} outputs: pass the names of all, in their order')
 
 # %% ../nbs/11_targets.ipynb #11rowsc1
 def check_rows(

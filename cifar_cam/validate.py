@@ -6,7 +6,7 @@
 __all__ = ['labelled_images', 'labelled_dls', 'accuracy_difference', 'validate_run', 'plot_class_differences', 'validate_command']
 
 # %% ../nbs/23_validate.ipynb #e6423d53
-import base64, hashlib, json
+import base64, hashlib, json, os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -119,7 +119,7 @@ def validate_run(
     if run is None and out is None:
         raise InputError('the network that comes with the package has no folder of yours: name one by --out')
     run = finished_run(run)
-    out = Path(out) if out else run.path/'validation'/_set_name(data)
+    out = Path(os.path.normpath(out or run.path/'validation'/_set_name(data)))
     _check_out(out, force)
     items = labelled_images(data, column, label)
     learn = cifar_learner(labelled_dls(items, run, device=device), run.model, precision=run.recipe.precision)
@@ -143,7 +143,7 @@ def _check_out(out, force):
         raise InputError(f'{out}: holds a validation; name another folder, or pass --force')
 
 def _set_name(data):
-    path = Path(data)
+    path = Path(os.path.abspath(data))  # `..` has a name too
     if path.name in ('test', 'valid'):
         path = path.parent
     return path.name.split('.tar')[0].removesuffix('.tgz').removesuffix('.zip') or 'data'

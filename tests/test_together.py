@@ -94,6 +94,16 @@ def test_a_short_epoch_has_its_numbers_in_their_own_columns(learn, tmp_path):
     assert row.valid_loss==pytest.approx(loss, rel=1e-5) and row.valid_accuracy==pytest.approx(share) and 'train_loss' not in row
 
 
+def test_an_epoch_that_is_cut_short_is_compared_by_its_own_accuracy(learn, tmp_path, capsys):
+    l = learn()
+    keep = KeepBest(tmp_path/'best.safetensors')
+    l.fit(1, .1, cbs=[keep, ShortEpochCallback(.5, short_valid=False)])
+    assert keep.best==pytest.approx(l.validate()[1])
+    before = keep.best
+    l.fit(1, .1, cbs=[keep, ShortEpochCallback(0.)])  # neither trained nor validated: there is no accuracy
+    assert keep.best==before and len(l.recorder.values[-1])==len(l.recorder.metric_names) - 2
+
+
 def test_a_history_of_own_metrics_goes_on_in_the_second_fit(learn, tmp_path):
     l = learn(metrics=accuracy)
     for _ in range(2): l.fit(1, .1, cbs=History(tmp_path/'h.csv'))
