@@ -31,7 +31,8 @@ def ablation_cam(
 ):
     "The library's AblationCAM, hung on no layer. Give it `logits`, those of the images, before its first map"
     from pytorch_grad_cam import AblationCAM, AblationLayer
-    return type('AblationCAM', (_SizeOfScore, AblationCAM), {})(net, [], **dict(ablation_layer=AblationLayer()) | options)
+    options = dict(ablation_layer=AblationLayer()) | options
+    return type('AblationCAM', (_SizeOfScore, AblationCAM), {})(net, [], **options)
 
 # %% ../nbs/11_ablation.ipynb #11abldor
 class _Door(nn.Module):

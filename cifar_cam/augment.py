@@ -36,6 +36,9 @@ def _grey(colour): return round(sum(colour)/len(colour))
 def _reflected(x, pad, dim):
     "`x` with `pad` mirrored rows (dim -2) or columns (dim -1) on both sides; `F.pad` cannot do that with bytes"
     n = x.shape[dim]
+    if pad >= n:
+        raise InputError(f"pad={pad}: an image of {n} pixels has at most {n - 1} to reflect; choose fewer, or "
+                         "mode='constant'")
     return torch.cat([x.narrow(dim, 1, pad).flip(dim), x, x.narrow(dim, n-1-pad, pad).flip(dim)], dim)
 
 def _padded(x, pad, mode):
@@ -53,6 +56,8 @@ class PadCrop(ImageTransform):
         super().__init__()
         if mode not in ('reflect', 'constant'):
             raise InputError(f"unknown mode {mode!r}: choose 'reflect' or 'constant'")
+        if pad < 0:
+            raise InputError(f'pad={pad}: choose 0 pixels or more')
         self.pad,self.mode = pad,mode
 
     def encodes(self, x:PILImage):

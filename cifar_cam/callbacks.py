@@ -207,10 +207,11 @@ class UpdateRatio(Callback):
         self.taken += 1  # `train_iter` counts batches: a step may be of several
         if not hasattr(self.learn, 'lr_finder') and (self.taken - 1) % self.every == 0:
             self.old = {n: p.clone() for n,p in self._weights().items()}
-            self.steps.append(self.before + self.train_iter)
+            self.at = self.before + self.train_iter
 
     def after_batch(self):
         if self.old is None: return
+        self.steps.append(self.at)  # not before: the step may be interrupted
         for n,p in self._weights().items():
             self.ratios.setdefault(n, []).append(((p - self.old[n]).norm()/self.old[n].norm()).item())
         self.old = None
@@ -288,10 +289,15 @@ class FreezeWhitening(Callback):
     run_valid = False
     def __init__(self,
         share:float=3/8, # of the epochs in which it is trained
-    ): self.share = share
+    ):
+        self.share = share
+        self.trained = None  # was it, before this fit?
     def before_train(self):
-        # of several processes each waits for the gradients of all parameters
-        if num_distrib() < 2: self.model.whiten.bias.requires_grad_(self.epoch < self.share*self.n_epoch)
+        if num_distrib() > 1: return  # each process waits for the gradients of all parameters
+        bias = self.model.whiten.bias
+        if self.trained is None: self.trained = bias.requires_grad
+        bias.requires_grad_(self.trained and self.epoch < self.share*self.n_epoch)
     def after_fit(self):
         # the next optimizer, and that of `export`, have it again
-        if num_distrib() < 2: self.model.whiten.bias.requires_grad_(True)
+        if self.trained: self.model.whiten.bias.requires_grad_(True)
+        self.trained = None

@@ -22,6 +22,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from .core import check_seed, InputError, remove_leftovers, save_atomically, write_json
 from .photos import open_photo
+from .tables import split_off
 from .images import data_checksum, data_path, image_table
 from .interpret import CamInterpretation
 from .evidence import check_evidence, classifier_of, Evidence, load_evidence
@@ -64,11 +65,16 @@ def fold_splitter(
         for c,n in classes:
             if n < folds:
                 raise InputError(f'{c}: {n} training images for {folds} folds; choose fewer folds, or add images')
+            if hold_out and n - -(-n//folds) < 2:
+                raise InputError(f'{c}: {n} training images are too few for {folds} folds and images to choose by; add '
+                                 'images, or take a recipe that chooses nothing')
         parts = [out for _,out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(train, labels)]
-        inside = np.random.default_rng([seed, k]).permutation(np.concatenate(parts[:k] + parts[k+1:]))
-        held = inside[:round(hold_out*len(inside))]
-        chosen_by = [train[held]] if hold_out else []
-        return [np.sort(o).tolist() for o in (train[inside[len(held):]], *chosen_by, train[parts[k]], test)]
+        inside = np.sort(np.concatenate(parts[:k] + parts[k+1:]))
+        held = []
+        if hold_out:
+            n = min(max(round(hold_out*len(inside)), len(classes)), len(inside) - len(classes))
+            inside,held = split_off(inside.tolist(), labels[inside].tolist(), n, (1000*seed + k) % 2**32, 'hold_out')
+        return [np.sort(train[o]).tolist() for o in (inside, *([held] if held else []), parts[k])] + [test.tolist()]
     return split
 
 # %% ../nbs/22b_crossfit.ipynb #22planc1

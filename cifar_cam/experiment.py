@@ -238,7 +238,8 @@ def run_or_resume(
     there = _check_folder(path)
     if (path/'recipe.json').exists():
         _check_same(load_run(path, data), r, data, seed, published_protocol)
-        return load_run(path, data) if load_run(path).finished else train_run(path, data)
+        whole = load_run(path).finished and (path/'report.html').exists()  # what is written last
+        return load_run(path, data) if whole else train_run(path, data)
     env = _environment(r, data, device, seed, published_protocol, tensorboard, max(1, num_distrib()))
     with folder_for(path.parent):
         path.mkdir(exist_ok=True)

@@ -34,7 +34,8 @@ def _tables_in(path):
 def _is_table(path):
     try: rows = read_csv(path); columns = table_columns(rows)
     except InputError: return False
-    return bool(columns) and not {'probability', 'decision'} & set(rows.columns)  # what a network said, or what to change
+    other = {'probability', 'decision'} & set(rows.columns)  # what a network said, or what to change
+    return bool(columns) and not other
 
 def _names_all(path):
     "Does the table name all images of the folders that it names any of?"
@@ -76,7 +77,8 @@ def _form_of(path):
     if parts := split_folders(path):
         _refuse_other_labels(path, parts)
         return 'folders'
-    table,classes = find_table(path),_class_folders(path)
+    table = find_table(path)
+    classes = _class_folders(path)
     if table and not classes and len(inner := subfolders(path)) == 1:  # a folder around a whole data set
         around = split_folders(inner[0])
         below = [c for part in around.values() for c in subfolders(part)] or _class_folders(inner[0])

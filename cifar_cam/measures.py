@@ -316,7 +316,7 @@ def randomised(
     """Destroy one copy of `model` layer by layer from the top, and give (layer, the copy) after each: the same
     object every time. At the end no weight is trained (Adebayo et al. 2018)"""
     model = unwrap(model)
-    with untouched(model): model(as_input(model, x[:1])) # a weight norm can only be copied after a pass without gradients
+    with untouched(model): model(as_input(model, x[:1])) # only then a weight norm can be copied
     net = deepcopy(model)
     net.eval()
     p = next(net.parameters())

@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'pick_device', 'processor_name', 'has_fp16', 'pick_prec
            'deterministic_algorithms', 'fast_convolutions', 'Compiled', 'forget_batch', 'keep_memory']
 
 # %% ../nbs/08_precision.ipynb #08imp1p
-import ctypes, gc, os, platform, traceback
+import ctypes, gc, os, platform, traceback, warnings
 from contextlib import ContextDecorator, contextmanager
 from copy import copy
 from pathlib import Path
@@ -98,13 +98,18 @@ class HalfPrecision(Callback):
     _skipped = 0
     _wrapped = None
     _made = (None, None)
+    _kept = None # of the scaler, from the end of a fit to the next one
+    _steps,_unscaled = 0,False
     def __init__(self,
         precision:str='bfloat16', # or 'float16'
     ): self.dtype = getattr(torch, precision)
 
     def before_fit(self):
         # neither `validate` nor `get_preds`, which come here too, begins a training
-        if getattr(self.learn, 'first_epoch', 0) is not None: self._new_scaler()
+        if getattr(self.learn, 'first_epoch', 0) is None: return
+        self._new_scaler()
+        # a new object, since an interruption leaves the old one in the middle of a step; a finder begins anew
+        if self._kept and not hasattr(self.learn, 'lr_finder'): self.scaler.load_state_dict(self._kept)
 
     def _wrap(self):
         self.restore()
@@ -139,7 +144,15 @@ class HalfPrecision(Callback):
         self._wrapped = None
         if own is None: del attributes['forward']
         else: attributes['forward'] = own
-    after_train = after_validate = after_fit = after_cancel_fit = restore
+    after_train = after_validate = after_cancel_fit = restore
+
+    def after_fit(self):
+        self.restore()
+        if self.scaler is None or not self._steps or hasattr(self.learn, 'lr_finder'): return
+        self._kept = self.scaler.state_dict()
+        if self.skipped==self._steps:
+            warnings.warn('no step was taken, since gradients are too large for float16: choose a lower learning rate, '
+                          "precision='float32', or more epochs")
 
     # --- float16's scaler
 
@@ -147,13 +160,19 @@ class HalfPrecision(Callback):
         if self.dtype!=torch.float16: return
         device = next(self.model.parameters()).device.type
         self.scaler = torch.amp.GradScaler(device)
-        self._skipped = 0
+        self._skipped,self._steps,self._unscaled = 0,0,False
 
     def before_backward(self):
         if self.scaler is not None: self.learn.loss_grad = self.scaler.scale(self.loss_grad)
 
     def before_step(self):
-        if self.scaler is not None: self.scaler.unscale_(self._optimizer())
+        if self.scaler is None: return
+        self.scaler.unscale_(self._optimizer())
+        self._unscaled = True
+
+    def after_cancel_step(self):
+        if self._unscaled: self.scaler.update() # it refuses to unscale twice
+        self._unscaled = False
 
     def _optimizer(self): return self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
 
@@ -162,6 +181,8 @@ class HalfPrecision(Callback):
         self.scaler.step(opt)
         self._skipped = self._skipped + sum(self.scaler._found_inf_per_device(opt).values())  # stays on the device
         self.scaler.update()
+        self._steps += 1
+        self._unscaled = False
 
     @property
     def skipped(self) -> int:

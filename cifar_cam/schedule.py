@@ -144,7 +144,7 @@ class Plateau(ReduceLROnPlateau):
         self.opt.set_hyper('lr', [lr*share for lr in self.top])
 
     def after_epoch(self):
-        if self.epoch < self.warmup: return
+        if self.opt is None or self.epoch < self.warmup: return  # `validate` before the first fit has no optimizer
         lowered = [min(h['lr'], max(h['lr']/self.factor, self.min_lr)) for h in self.opt.hypers]
         super().after_epoch()
         # fastai writes into a copy if the optimizer is PyTorch's

@@ -234,7 +234,7 @@ def _one_trial(sweep, trial, env, out_of_luck):
             raise InputError(f'{sweep.path}: three trials in a row ended with an error, the last one: {e}') from None
         return _say_trial(sweep, trial, start)
     except BaseException:
-        study.tell(trial, state=states.FAIL)
+        _fail(sweep, trial.number)
         raise
     else:
         study.tell(trial, value)
@@ -251,13 +251,18 @@ def _say_trial(sweep, trial, start):
 def _short(v): return f'{v:.3g}' if isinstance(v, float) else str(v)
 
 # %% ../nbs/25c_search.ipynb #08cdbc11
-def _fail_orphans(sweep):
-    "Trials of processes of this host that are gone"
+def _fail(sweep, number):
+    "A trial that was cut off. If its values were asked for, as the recipe's own are, they are asked for again"
+    sweep.study.tell(number, state=optuna_package().trial.TrialState.FAIL)
+    asked = sweep.study.trials[number].system_attrs.get('fixed_params')
+    if asked: sweep.study.enqueue_trial(asked)
+
+def _fail_orphans(sweep, gone=()):
+    "Trials of processes of this host that are gone, or known to be"
     for t in sweep.all_trials():
         host,pid = t.user_attrs.get('process', ('', 0))
-        if t.state.name=='RUNNING' and host==socket.gethostname() and not _lives(pid):
-            with suppress(Exception):  # another process told it first
-                sweep.study.tell(t.number, state=optuna_package().trial.TrialState.FAIL)
+        if t.state.name=='RUNNING' and host==socket.gethostname() and (pid in gone or not _lives(pid)):
+            with suppress(Exception): _fail(sweep, t.number)  # another process told it first
 
 def _lives(pid):
     if os.name=='nt': return True  # there the question itself would end it
@@ -283,6 +288,7 @@ def work_on_sweep(
     plan = sweep.plan
     unlucky = []
     with quiet_optuna() as optuna:
+        _fail_orphans(sweep, [os.getpid()])  # of a container before this one, whose processes have the same numbers
         while True:
             _fail_orphans(sweep)
             if _counted(sweep) >= plan['trials']:

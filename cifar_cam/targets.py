@@ -53,7 +53,7 @@ def class_indices(
     if isinstance(targets, str) and targets=='runner-up':
         if C < 2:
             raise InputError("'runner-up' needs a model with two classes or more")
-        return logits.scatter(1, logits.argmax(1, keepdim=True), -torch.inf).argmax(1)  # topk may give it first in a tie
+        return logits.scatter(1, logits.argmax(1, keepdim=True), -torch.inf).argmax(1)  # topk(2) may turn a tie around
     if hasattr(targets, 'tolist'): targets = targets.tolist()
     one = isinstance(targets, (str, int)) or not isinstance(targets, Iterable)
     idxs = [_index(t, C, vocab) for t in ([targets]*N if one else targets)]

@@ -48,11 +48,20 @@ def _relabel(files, root, path, share, seed, similar):
     "Copy `files` to `path`, some of them to another class; the rows of truth.csv"
     classes = sorted({f.parent.name for f in files})
     targs = np.array([classes.index(f.parent.name) for f in files])
+    if len(classes) < 2 and share:
+        raise InputError(f'{classes[0]}: is the only class; a wrong label needs another')
+    if odd := [c for pair in (similar or {}).items() for c in pair if c not in classes]:
+        raise InputError(f"similar: {odd[0]!r} is no class; choose among {', '.join(classes)}")
     pairs = {classes.index(a): classes.index(b) for a,b in (similar or {}).items()}
     given = flip_labels(targs, share, len(classes), seed, pairs) if share else targs
     rows = []
+    there = {(f.parent.name, f.name) for f in files}
     for f,c in zip(files, given):
-        new = f'{f.parent.parent.name}/{classes[c]}/{f.name}'
+        name = f.name
+        if classes[c]!=f.parent.name and (classes[c], name) in there: name = f'{f.parent.name}_{name}'
+        new = f'{f.parent.parent.name}/{classes[c]}/{name}'
+        if (path/new).exists():
+            raise InputError(f'{f}: its new name {new} is that of another image; rename it')
         (path/new).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(f, path/new)
         if classes[c] != f.parent.name: rows.append(dict(file=new, kind='flipped', label=f.parent.name))
