@@ -183,6 +183,8 @@ class _Question(NamedTuple):
 def _layer_maps(model, q, key, cls, name, eigen_smooth=False, batch_size=64, upright=False, **options):
     "Signed maps N×h×w and logits, for the methods that look at one layer"
     path,_,run = name.partition(':')
+    if run and not run.isdigit():
+        raise InputError(f"layer {name!r}: what stands behind the colon is the number of a run, as in '{path}:2'")
     if run and key == 'ablationcam':
         raise InputError(f"ablationcam takes a layer that runs once, not {name!r}: choose another method or layer")
     x = q.x
@@ -298,6 +300,8 @@ def _check_options(key, cls, given):
     bad,there = (', '.join(sorted(s)) for s in (set(given) - own, own))
     if bad:
         raise TypeError(f"{key} has no option {bad}: its options are {there or 'none'}")
+    if given.get('batch_size', 1) < 1:
+        raise InputError(f"batch_size={given['batch_size']}: choose at least 1")
 
 def _target_layers(model, x, key, layer, min_px, output):
     "The names of the target layers: one, unless the user names several, branches meet late, or RefineCAM asks for more"
@@ -334,11 +338,15 @@ def cam_maps(
     core,base = key,cls
     own_base = dict(finercam='gradcam', refinecam='gradcam++')
     if key in own_base: core,base = cam_method(kwargs.pop('base_method', own_base[key]))
+    if key in own_base and core in ('rollout', 'fullgrad', *own_base):
+        raise InputError(f"base_method={core!r}: {key} builds on a method that looks at one layer, such as 'gradcam'")
     finer = {k: kwargs.pop(k) for k in ('alpha', 'comparison_categories') if k in kwargs} if key == 'finercam' else None
     with untouched(model):
         net = _Float32(model, output, are_functions(targets))
         q = _Question(net, x, ask_about(targets, vocab, finer), min_px, output, reshape)
-        if key == 'rollout': found = [attention_rollout(model, x, output)]
+        if key == 'rollout':
+            found = [attention_rollout(model, x, output)]
+            q.ask(two_sided(found[0][1])) # the map is of no class, but a class that is not there is an error
         elif key == 'fullgrad': found = [_fullgrad_maps(model, q, cls, **kwargs)]
         else:
             names = _target_layers(model, x, key, layer, min_px, output)

@@ -184,6 +184,14 @@ def _scaled(image, cam):
     return np.asarray(image, dtype=np.float32),np.asarray(cam).clip(-1, 1)
 
 # %% ../nbs/13_panels.ipynb #c99181fa
+def _check_map(cam, signed):
+    a = np.asarray(cam, dtype=np.float32)
+    least = -1 if signed else 0
+    if a.ndim!=2 or not (a.size and least - .01 <= a.min() and a.max() <= 1.01):  # NaN is neither
+        between = f' from {a.min():.3g} to {a.max():.3g}' if a.size else ''
+        raise InputError(f'a map of shape {a.shape}{between}: overlay takes h×w numbers from {least} to 1; '
+                         'scale_maps makes them of raw maps')
+
 def overlay(
     image, # H×W×3, bytes or numbers in [0,1], or a PIL image
     cam, # h×w in [0,1], of any size; in [-1,1] if `signed`
@@ -191,7 +199,9 @@ def overlay(
     cmap:str='inferno', # a matplotlib colour map
     signed:bool=False, # a difference of two maps: 0 is the middle of `cmap`
 ) -> np.ndarray: # uint8; the image's size, or the next multiple of it above 256 pixels
-    "The map in colours over the image: crisp pixels, a smooth (bicubic) map, and no colour where it is cold"
+    """The map in colours over the image: crisp pixels, a smooth (bicubic) map, and no colour where it is cold. Raises
+    InputError for a map with other numbers"""
+    _check_map(cam, signed)
     image,cam = _scaled(image, cam)
     at,weight = ((cam + 1)/2,_weight(np.abs(cam), alpha)) if signed else (cam.clip(0),_weight(cam, alpha))
     heat = 255*colormaps[cmap](at)[..., :3]

@@ -117,7 +117,10 @@ def _finer_targets(logits, a, b, alpha=1, comparison_categories=(1,2,3)):
     if b is not None: return [FinerWeightedTarget(i, [j], alpha) for i,j in zip(a.tolist(), b.tolist())]
     gap = (logits - logits.gather(1, a[:, None])).abs().scatter(1, a[:, None], -1)
     order = gap.argsort(dim=1, stable=True).tolist()
-    others = [[o[r] for r in comparison_categories if r < len(o)] for o in order]
+    others = [[o[r] for r in comparison_categories if 0 < r < len(o)] for o in order]
+    if not all(others):
+        raise InputError(f'comparison_categories={tuple(comparison_categories)}: choose ranks from 1 to '
+                         f'{logits.shape[1] - 1}')
     return [FinerWeightedTarget(i, o, alpha) for i,o in zip(a.tolist(), others)]
 
 # %% ../nbs/11_targets.ipynb #be31b38c

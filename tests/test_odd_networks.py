@@ -12,6 +12,7 @@ from cifar_cam.interpret import CamInterpretation
 from cifar_cam.learner import cifar_learner
 from cifar_cam.loaders import cifar_dls
 from cifar_cam.measures import (cascade, energy_inside, pointing_game, positive_maps, randomised, road, target_probs)
+from cifar_cam.panels import overlay
 from cifar_cam.scorecard import score_cams
 from cifar_cam.shapes import shapes_path
 from cifar_cam.targets import class_indices
@@ -178,3 +179,18 @@ def test_the_scorecard_takes_the_probabilities_of_the_loss(dls):
     if (one.preds == one.targs).any():
         cards = [score_cams(o, ['gradcam'], n=2, montages=0, layer='4', progress=False, cascaded=1) for o in (one, other)]
         for k in 'deletion', 'insertion': np.testing.assert_allclose(*(c.scores['chance'][k] for c in cards), atol=1e-5)
+
+
+@pytest.mark.parametrize('wrong, said', [(dict(layer='0:x'), 'number of a run'), (dict(method='scorecam', batch_size=0), 'batch_size=0'),
+    (dict(method='refinecam', base_method='fullgrad'), 'looks at one layer'), (dict(method='finercam', comparison_categories=(9,)), 'ranks from 1 to 2')])
+def test_options_that_cannot_be(wrong, said, x):
+    with pytest.raises(InputError, match=said): cam_maps(net(), x, **{'layer': '4', **wrong})
+
+
+def test_rollout_knows_no_zebra(x):
+    with pytest.raises(InputError, match="unknown class 'zebra'"): cam_maps(Tokens().eval(), x, 'rollout', targets='zebra', vocab=['a', 'b', 'c'])
+
+
+@pytest.mark.parametrize('cam', [np.full((4, 4), 7.), np.full((4, 4), np.nan), -np.eye(4), np.zeros((1, 4, 4)), np.zeros((0, 4))])
+def test_overlay_takes_maps_alone(cam):
+    with pytest.raises(InputError, match='scale_maps makes them'): overlay(np.zeros((8, 8, 3), np.uint8), cam)
