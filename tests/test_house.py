@@ -76,6 +76,14 @@ def test_at_most_three_new_names_a_cell(module):
         assert len(new) <= 3, f'{module}: {", ".join(new)} in one cell'
 
 
+@pytest.mark.parametrize('notebook', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda f: f.stem)
+def test_lines_of_code_are_short(notebook):
+    if '.ipynb_checkpoints' in notebook.parts: pytest.skip('a copy that Jupyter keeps')
+    for c in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
+        long = [l for l in ''.join(c['source']).splitlines() if len(l) > 120] if c['cell_type']=='code' else []
+        assert not long, f'{notebook.name}, {c["id"]}: {len(long[0])} characters: {long[0][:80]}…'
+
+
 @pytest.mark.parametrize('module', ORDER)
 def test_exported_code_reads_plainly(module):
     for s in exported(NOTEBOOKS[module][1]):
