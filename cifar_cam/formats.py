@@ -84,7 +84,8 @@ def _form_of(path):
         below = [c for part in around.values() for c in subfolders(part)] or _class_folders(inner[0])
         if _tells_classes(table, below) == 'few': table = None
     if table and classes:
-        held,told = _folders_of(table),_tells_classes(table, classes)
+        held = _folders_of(table)
+        told = _tells_classes(table, classes)
         if not held or told == 'few': table = None  # a table of something else, or of a few doubtful images
         elif told or len(held & set(classes)) > 1:
             raise InputError(f'{path}: its class folders and {table.name} both tell labels; name it, or move it away')

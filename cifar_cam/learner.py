@@ -279,7 +279,8 @@ class Checkpoint(Callback):
         # neither `validate` nor the finder's steps
         self.on = self.first_epoch is not None and not hasattr(self.learn, 'lr_finder')
         if not self.on: return
-        self.begun,self.written = _begun_with(self.learn),None
+        self.begun = _begun_with(self.learn)
+        self.written = None
         state = from_first(self._read)
         if state is None: return
         try:
