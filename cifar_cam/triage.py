@@ -81,7 +81,8 @@ def torn_score(
 # %% ../nbs/17_triage.ipynb #17verd01
 VERDICTS = dict(
     label=('Over all views, the networks (and the neighbours, if they were asked) find another class far likelier than '
-           'the label: a label score of 0.98 or more, or one of the highest above 0.5 (of 200 images one, 50 at most).',
+           'the label: a label score of 0.98 or more, or, if there are 50 mistakes or more, one of the highest above '
+           '0.5: a tenth as many as mistakes, 50 at most.',
            'Networks that were trained on the same images share their mistakes, and what all of them take for another '
            'thing is here too. Look at it before you change it.'),
     ambiguous=('What is said of the image is spread over several classes, whatever its label.',
@@ -102,7 +103,7 @@ def verdicts(
     copies:np.ndarray=None, # N booleans; None: not looked for
     sure:float=.98, # label score from which the label is blamed; set by judgement
     torn:float=None, # ambiguity score from which an image is ambiguous; None: `torn_score`
-    first:int=None, # so many are blamed, if there are as many mistakes, with a score above 0.5; None: see `VERDICTS`
+    first:int=None, # so many are blamed, if there are 50 mistakes, with a score above 0.5; None: see `VERDICTS`
 ) -> np.ndarray: # N words, '' for an image that is not doubtful
     "One of `VERDICTS` for each image. Where several fit, the first of: label, copy, ambiguous, shared, network"
     targs = evidence[0].targs
@@ -111,8 +112,9 @@ def verdicts(
     shared = wrong & (2*(preds == preds[0]).sum(0) > len(preds)) & (len(preds) > 1)
     label = doubt >= sure
     if torn is None: torn = torn_score(evidence[0].logits.shape[1])
-    if first is None: first = min(50, len(targs)//200)
-    if wrong.sum() >= first:
+    least = 50 if first is None else first  # mistakes
+    if first is None: first = min(50, int(wrong.sum())//10)
+    if wrong.sum() >= least:
         top = np.argsort(-doubt, kind='stable')[:first]
         label[top[doubt[top] > .5]] = True  # below that the networks together believe the label
     copies = np.zeros(len(targs), bool) if copies is None else copies

@@ -280,7 +280,7 @@ def test_steps_that_do_not_divide_the_pixels():
 
 def test_deletion_begins_with_the_image_and_insertion_ends_with_it(xb, monkeypatch):
     seen = []
-    monkeypatch.setattr(measures, 'target_probs', lambda model, x, t, output: seen.append(x) or torch.zeros(len(x)))
+    monkeypatch.setattr(measures, 'target_probs', lambda model, x, t, **how: seen.append(x) or torch.zeros(len(x)))
     deletion_insertion(None, xb, torch.zeros(5, dtype=torch.long), torch.rand(5, 8, 8), steps=4)
     assert torch.equal(seen[0], xb) and not seen[4].any() and torch.equal(seen[9], xb)
     changed = [(a != b).any(1).flatten(1).sum(1).tolist() for a,b in zip(seen[:4], seen[1:5])]
