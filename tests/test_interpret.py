@@ -417,7 +417,8 @@ def test_overlay():
     red,blue = (overlay(np.full_like(image, 128), np.full((4, 4), v), cmap='RdBu_r', signed=True).mean((0, 1)) for v in (1., -1.))
     assert red[0] > red[2] + 40 and blue[2] > blue[0] + 40
     assert overlay(Image.new('L', (400, 300)), cam).shape == (300, 400, 3) # at a photo's own resolution
-    assert overlay(image, np.full((4, 4), 1.2)).max() <= 255
+    assert overlay(image, np.full((4, 4), 1.001)).max() <= 255
+    with pytest.raises(InputError, match='from 1.2 to 1.2'): overlay(image, np.full((4, 4), 1.2))
 
 
 # --- the numbers ---------------------------------------------------------------------------------------------------------

@@ -496,6 +496,7 @@ def test_other_methods_take_tokens_too(method):
     assert maps.shape == (2, 48, 48) and maps.isfinite().all()
     if method == 'ablationcam':
         from pytorch_grad_cam import AblationCAM, AblationLayerVit
+        m.heads.head.bias.data += 10  # the library turns the map of a negative score over
         with AblationCAM(m, [m.encoder.layers[-1].ln_1], partial(tokens, 6, 6, 1), AblationLayerVit()) as cam:
             assert (torch.from_numpy(cam(x, [ClassifierOutputTarget(1)]*2)) - maps).abs().max() < 1e-4
 

@@ -46,12 +46,14 @@ def test_a_run_is_uploaded_without_what_would_be_unpickled(folder, narrow, tmp_p
     run = run_recipe('davidnet', folder, tmp_path, epochs=1, bs=32, lr=.05, lr_min=.005)
     calls,sent = [],[]
     monkeypatch.setattr(hub.HfApi, 'create_repo', lambda self, repo, **kw: calls.append((repo, kw)) or f'hub:{repo}')
-    monkeypatch.setattr(hub.HfApi, 'upload_folder', lambda self, repo_id, folder_path, allow_patterns: sent.extend(
+    monkeypatch.setattr(hub.HfApi, 'upload_folder', lambda self, repo_id, folder_path, allow_patterns, delete_patterns: sent.extend(
         hub.utils.filter_repo_objects([str(p.relative_to(folder_path)) for p in sorted(folder_path.rglob('*')) if p.is_file()], allow_patterns=allow_patterns)))
+    (run.path/'validation'/'private').mkdir(parents=True)
+    (run.path/'validation'/'private'/'metrics.json').write_text('{}')
     assert push_to_hub(run.path, 'me/net', private=True)=='hub:me/net'
     assert calls==[('me/net', dict(private=True, exist_ok=True))]
     assert {'README.md', 'recipe.json', 'metrics.json', 'history.csv', 'weights.safetensors', 'figures/cams.png'} <= set(sent)
-    assert not [f for f in sent if f.endswith(('.pt', '.pkl'))]
+    assert not [f for f in sent if f.endswith(('.pt', '.pkl')) or 'private' in f]
     card = (run.path/'README.md').read_text()
     assert f'{100*run.metrics["accuracy"]:.2f} %' in card and str(folder.parent) not in card and "d'or" in card
     (run.path/'metrics.json').unlink()

@@ -165,7 +165,7 @@ def test_fewer_epochs_than_the_first_step_are_told_of(recwarn):
 # --- shipped, predicted, validated
 
 def test_a_folder_that_was_shipped_to_before_keeps_nothing_of_the_other_run(run, tmp_path):
-    (tmp_path/'to').mkdir()
+    ship_run(load_run(run), tmp_path/'to')
     for name in 'score.json', 'decisions.csv': (tmp_path/'to'/name).write_text('{}')
     shipped = ship_run(load_run(run), tmp_path/'to')
     assert not (shipped.path/'score.json').exists() and not (shipped.path/'decisions.csv').exists() and shipped.lrs == load_run(run).lrs
