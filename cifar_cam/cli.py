@@ -193,7 +193,7 @@ def explain(
         while name in names: name = f'{name}-{len(names) + 1}'  # a/cat.jpg and b/cat.jpg
         names.append(name)
         path = Path(out)/f'{name}.png'
-        if path.exists() and not _is_drawing(path):
+        if os.path.exists(path) and not _is_drawing(path):  # False for a name that is too long
             raise InputError(f'{path}: is there already, and was not drawn by this command; name another folder')
         with folder_for(out):
             save_atomically(lambda f: fig.savefig(f, format='png', dpi=110, bbox_inches='tight'), path)

@@ -51,7 +51,8 @@ CALLBACKS = [
     Row('SaveModelCallback', 'saves the best weights, loads them at the end'),
     Row('ReduceLROnPlateau', 'lowers the rate', 'The same with fastai\'s optimizers. With PyTorch\'s in `OptimWrapper`, a plain `Learner` lowers nothing; ours does.'),
     Row('ModelResetter', 'resets a network', TEXT), Row('RNNCallback', 'takes a tuple apart', TEXT), Row('RNNRegularizer', 'a penalty on activations', TEXT),
-    Row('ShortEpochCallback', 'a part of each epoch'), Row('GradientAccumulation', 'several batches a step'), Row('GradientClip', 'short gradients'),
+    Row('ShortEpochCallback', 'a part of each epoch', 'The same training. A plain `Learner` leaves the training loss of such an epoch out of its row, and the other columns move to its place; ours stay in theirs.'),
+    Row('GradientAccumulation', 'several batches a step'), Row('GradientClip', 'short gradients'),
     Row('BnFreeze', 'frozen statistics'), Row('MCDropoutCallback', 'dropout while predicting'), Row('ChannelsLast', 'another memory layout'),
     Row('TensorBoardBaseCallback', 'what the two below share; not used by itself'), Row('TensorBoardCallback', 'logs for TensorBoard'),
     Row('TensorBoardProjectorCallback', 'features for TensorBoard\'s projector'), Row('WandbCallback', 'logs for Weights & Biases, tried offline'),
@@ -134,7 +135,8 @@ def done(learn):
     "What a training did: steps, fastai's columns by name, files, best values"
     rec = learn.recorder
     names = [n for n in rec.metric_names[1:] if n!='time']
-    rows = [dict(zip(names, map(number, v))) for v in rec.values]
+    # of an epoch that is cut short fastai leaves the first columns out
+    rows = [dict(zip(names, [*[float('nan')]*(len(names) - len(v)), *map(number, v)])) for v in rec.values]
     return dict(steps=learn.steps.seen, rows=[{k: v for k,v in r.items() if k not in ('train_accuracy', 'lr')} for r in rows],
                 losses=[float(o) for o in rec.losses], lrs=rec.lrs, iters=rec.iters, best={cb.name: number(cb.best) for cb in learn.cbs if hasattr(cb, 'best')},
                 files=sorted(p.relative_to(learn.path).as_posix() for p in learn.path.rglob('*') if p.is_file() and 'tfevents' not in p.name))

@@ -118,7 +118,7 @@ def test_a_finished_training_is_not_trained_further(shapes, tmp_path):
 def test_a_checkpoint_holds_nothing_that_could_run(shapes, tmp_path):
     quietly(tiny_learner(shapes, tmp_path), lambda l: l.fit(1, cbs=[Plateau(), Checkpoint(tmp_path/'c.pt')]))
     state = torch.load(tmp_path/'c.pt', weights_only=True)
-    assert state['epochs'] == 1 and set(state) == {'model', 'opt', 'training', 'before', 'epochs', 'of', 'watchers', 'callbacks', 'smooth_loss'}
+    assert state['epochs'] == 1 and set(state) == {'model', 'opt', 'training', 'before', 'epochs', 'of', 'watchers', 'callbacks', 'smooth_loss', 'begun', 'fits'}
 
 
 def test_half_a_write_leaves_the_old_file(tmp_path):
