@@ -279,7 +279,9 @@ def deletion_insertion(
     done = torch.linspace(0, rank[0].numel(), steps + 1).round()
     lost = maps.isnan().flatten(1).any(1).cpu()
     def area(first, rest):
-        def probs(k): return target_probs(model, torch.where(rank < k, first, rest), targets, output=output, to_probs=to_probs)
+        def probs(k):
+            seen = torch.where(rank < k, first, rest)
+            return target_probs(model, seen, targets, output=output, to_probs=to_probs)
         curve = torch.stack([probs(k) for k in done], 1)
         return torch.trapezoid(curve, done/done[-1], dim=1).masked_fill(lost, torch.nan)
     return area(torch.zeros_like(x), x),area(x, gaussian_blur(x, [11, 11], [5., 5.]))
