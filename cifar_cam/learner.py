@@ -109,12 +109,12 @@ class CifarLearner(Learner):
                 self._begin(0 if finder else start_epoch, finder)
                 super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
                 if not finder: self._ended(n_epoch)
-        except torch.OutOfMemoryError as e:
-            forget_batch(self, e)
-            full = True  # what is raised here would keep this error, and with it the step's tensors
-        except BaseException:
+        except BaseException as e:
+            full = isinstance(e, torch.OutOfMemoryError)
+            if full: forget_batch(self, e)
             for cb in L(cbs): self._undo(cb)
-            raise
+            if not full:
+                raise  # the other error is not raised here: it would keep this one, and with it the step's tensors
         if full: _refuse_batch(self)
 
     def _begin(self, start_epoch, finder):
