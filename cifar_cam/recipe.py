@@ -151,8 +151,8 @@ def chooses(
 RECIPES = {r.name: r for r in (
     Recipe('resnet18-plateau', epochs=20, bs=64, opt='nesterov', lr=.03, schedule='plateau', factor=.2, patience=2,
            l1=1e-5, keep_best=True, cutout=0, published=89.63, published_as='best of 50'),
-    Recipe('resnet18-onecycle', epochs=20, bs=128, opt='nesterov', lr=.1, label_smoothing=.1, cutout=16,
-           published=77.59, published_as='after 24'),
+    Recipe('resnet18-onecycle', init='pytorch', epochs=16, bs=500, opt='muon', lr=.05, label_smoothing=.1,
+           resize='16,16,16,16,20,20,20,24,24,24,28,28,32,32,32,32', published=77.59, published_as='after 24'),
     Recipe('davidnet', 'davidnet', epochs=24, bs=512, opt='nesterov', lr=.4, lr_min=.002, schedule='triangle',
            pct_start=5/24, published=91.77, published_as='best of 50, a ResNet18'),
     Recipe('resnet18-albumentations', epochs=20, bs=64, opt='nesterov', lr=.03, schedule='plateau', factor=.2,
