@@ -32,10 +32,11 @@ def _tables_in(path):
     return [f for f in files if _is_table(f)]
 
 def _is_table(path):
-    try: rows = read_csv(path); columns = table_columns(rows)
+    try:
+        rows = read_csv(path)
+        table_columns(rows)
     except InputError: return False
-    other = {'probability', 'decision'} & set(rows.columns)  # what a network said, or what to change
-    return bool(columns) and not other
+    return not {'probability', 'decision'} & set(rows.columns)  # what a network said, or what to change
 
 def _names_all(path):
     "Does the table name all images of the folders that it names any of?"
@@ -74,15 +75,13 @@ def _refuse_run(path):
 
 def _form_of(path):
     if batch_names(path): return 'batches'
-    if parts := split_folders(path):
-        _refuse_other_labels(path, parts)
+    if split_folders(path):
+        _refuse_other_labels(path)
         return 'folders'
     table = find_table(path)
     classes = _class_folders(path)
     if table and not classes and len(inner := subfolders(path)) == 1:  # a folder around a whole data set
-        around = split_folders(inner[0])
-        below = [c for part in around.values() for c in subfolders(part)] or _class_folders(inner[0])
-        if _tells_classes(table, below) == 'few': table = None
+        if _tells_classes(table, _class_folders(inner[0])) == 'few': table = None
     if table and classes:
         held = _folders_of(table)
         told = _tells_classes(table, classes)
@@ -91,9 +90,9 @@ def _form_of(path):
             raise InputError(f'{path}: its class folders and {table.name} both tell labels; name it, or move it away')
     return 'table' if table else 'classes' if classes else 'parquet' if parquet_files(path) else ''
 
-def _refuse_other_labels(path, parts):
+def _refuse_other_labels(path):
     "Raises InputError if a table of most of the images tells different labels of those of one class folder"
-    held = {c: len(folder_images(c)) for part in parts.values() for c in subfolders(part)}
+    held = {c: len(folder_images(c)) for c in _class_folders(path)}
     for table in _tables_in(path):
         try: rows = read_table(table)
         except InputError: continue  # of something else
@@ -103,6 +102,8 @@ def _refuse_other_labels(path, parts):
             raise InputError(f'{path}: its class folders and {table.name} both tell labels; name it, or move it away')
 
 def _class_folders(path):
+    "The folders of classes in the parts of `path`, or in `path` itself"
+    if parts := split_folders(path): return [c for part in parts.values() for c in subfolders(part)]
     inner = subfolders(path)
     return [d for d in inner if has_images(d) and not split_name(d.name)] if len(inner) > 1 else []
 

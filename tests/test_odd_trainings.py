@@ -120,16 +120,18 @@ def test_early_stopping_keeps_its_last_epoch_and_the_script_resumes(tmp_path):
     assert script()[0].epochs_done == 7  # all is there
 
 
-def test_an_interrupted_finder_gives_the_weights_back(tmp_path):
+@pytest.mark.parametrize('error, seen, said', [(KeyboardInterrupt, KeyboardInterrupt, ''),
+                                                (torch.OutOfMemoryError('CUDA out of memory'), InputError, 'try half, bs=5')])
+def test_a_finder_that_is_cut_off_gives_the_weights_back(error, seen, said, tmp_path):
     l = learn(path=tmp_path)
     l.fit(1, .1)
     before = {k: v.clone() for k,v in l.model.state_dict().items()}
     class Stop(Callback):
         order = 99
         def after_batch(self):
-            if hasattr(self.learn, 'lr_finder') and self.iter==2: raise KeyboardInterrupt
+            if hasattr(self.learn, 'lr_finder') and self.iter==2: raise error
     l.add_cb(Stop())
-    with pytest.raises(KeyboardInterrupt): l.lr_find(start_lr=.5, end_lr=100, show_plot=False)
+    with pytest.raises(seen, match=said): l.lr_find(start_lr=.5, end_lr=100, show_plot=False)
     assert all(v.equal(before[k]) for k,v in l.model.state_dict().items()) and not any((tmp_path/'models').iterdir())
 
 
@@ -212,16 +214,3 @@ def test_a_small_set_has_no_fifty_wrong_labels(mistakes):
     p = np.exp(e.logits)/np.exp(e.logits).sum(1, keepdims=True)
     said = verdicts([e], label_scores(p, e.targs)*.97, np.zeros(100))
     assert (said=='label').sum() == (5 if mistakes >= 50 else 0) and (said!='').sum() == mistakes
-
-
-def test_a_finder_that_runs_out_of_memory_gives_the_weights_back(tmp_path):
-    l = learn(path=tmp_path)
-    l.fit(1, .1)
-    before = {k: v.clone() for k,v in l.model.state_dict().items()}
-    class Full(Callback):
-        order = 99
-        def after_batch(self):
-            if hasattr(self.learn, 'lr_finder') and self.iter==2: raise torch.OutOfMemoryError('CUDA out of memory')
-    l.add_cb(Full())
-    with pytest.raises(InputError, match='try half, bs=5'): l.lr_find(start_lr=.5, end_lr=100, show_plot=False)
-    assert all(v.equal(before[k]) for k,v in l.model.state_dict().items()) and not any((tmp_path/'models').iterdir())
