@@ -157,8 +157,8 @@ RECIPES = {r.name: r for r in (
            pct_start=5/24, published=91.77, published_as='best of 50, a ResNet18'),
     Recipe('resnet18-albumentations', epochs=20, bs=64, opt='nesterov', lr=.03, schedule='plateau', factor=.2,
            patience=2, augment='albumentations', published=90.26, published_as='at 50'),
-    Recipe('resnet18-layernorm', norm='layer', epochs=20, bs=64, opt='adam', lr=5e-4, published=86.11,
-           published_as='at 40'),
+    Recipe('resnet18-layernorm', norm='layer', init='pytorch', epochs=14, bs=250, opt='muon', lr=.03, published=86.11,
+           label_smoothing=.1, resize='16,16,16,16,20,20,20,24,24,24,32,32,32,32', published_as='at 40'),
     Recipe('speedrun', 'speednet', epochs=10, bs=2000, opt='muon', lr=.24, schedule='linear', wd=.11,
            label_smoothing=.2, augment='alternating', cutout=0, tta='flip-translate',
            resize='20,20,24,24,28,28,28,28,32,32'))}

@@ -52,6 +52,13 @@ def test_cam():
     assert res['max_abs_difference'] < 1e-4
 
 
+def test_small_maps():
+    from small_maps import measure
+    res = measure(('davidnet',), sizes=(8,), bs=4, rounds=1)
+    check(res, 1, 'oneDNN', 'products', 'ratio')
+    assert len(res['ratios']) == 1
+
+
 def test_memory_and_files(shapes):
     from paths import measure
     res = measure(shapes, n=200, epochs=2, seeds=1)

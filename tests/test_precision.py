@@ -1,6 +1,6 @@
 "Half precision by device, float16's scaler, full float32, determinism, compilation, and what is left of a batch that was too large."
 import gc
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from weakref import ref
 
 import pytest
@@ -10,7 +10,8 @@ from fastai.vision.all import Callback, CancelFitException, CrossEntropyLossFlat
 from cifar_cam import precision
 from cifar_cam.core import InputError
 from cifar_cam.optimizers import opt_func, OPTIMIZERS
-from cifar_cam.precision import (Compiled, deterministic_algorithms, fast_convolutions, forget_batch, full_float32, HalfPrecision, has_fp16, pick_precision)
+from cifar_cam.precision import (Compiled, deterministic_algorithms, fast_convolutions, forget_batch, full_float32, HalfPrecision, has_fp16, pick_precision,
+                                 ProductGradients)
 
 
 def small_learner(cbs=(), opt='sgd', sizes=(8,), net=None):
@@ -184,6 +185,74 @@ def test_the_finder_works_in_float16():
     before = [p.detach().clone() for p in learn.model.state_dict().values()]
     with learn.no_bar(): learn.lr_find(num_it=20, show_plot=False)
     assert len(learn.recorder.losses) == 20 and same(before, learn.model.state_dict().values())
+
+
+# --- gradients of small maps
+
+def gradients(conv, x, *contexts):
+    "Of the weights and of the image, and the name of the operation, in bfloat16 inside `contexts`"
+    x,conv.weight.grad = x.clone().requires_grad_(),None
+    with ExitStack() as stack:
+        for context in torch.autocast('cpu', torch.bfloat16), *contexts: stack.enter_context(context)
+        out = conv(x)
+    out.float().square().mean().backward()
+    return conv.weight.grad.clone(), x.grad, out.grad_fn.name()
+
+
+def far(a, b): return float((a - b).norm()/b.norm())
+
+
+@pytest.mark.parametrize('conv', [dict(kernel_size=3, padding=1), dict(kernel_size=3, padding=1, stride=2), dict(kernel_size=3), dict(kernel_size=1, stride=2), dict(kernel_size=2, stride=2),
+                                  dict(kernel_size=(3, 1), padding=(1, 0), stride=(1, 2)), dict(kernel_size=(1, 5), padding=(0, 2)), dict(kernel_size=3, padding=1, padding_mode='reflect')])
+@pytest.mark.parametrize('last', [True, False])
+def test_a_product_gives_the_gradients_of_a_convolution(conv, last, monkeypatch):
+    monkeypatch.setattr(ProductGradients, 'weights', 1)
+    monkeypatch.setattr(ProductGradients, 'places', 99)
+    torch.manual_seed(0)
+    net = nn.Conv2d(32, 64, bias=False, **conv)
+    x = torch.randn(4, 32, 4, 5)
+    if last: net,x = net.to(memory_format=torch.channels_last),x.contiguous(memory_format=torch.channels_last)
+    weight,image,name = gradients(net, x, ProductGradients())
+    exact,exact_image,other = gradients(net, x, torch.autocast('cpu', enabled=False))
+    assert 'ByProduct' in name and 'ByProduct' not in other and weight.dtype==image.dtype==torch.float32
+    assert far(weight, exact) < .01 and far(image, exact_image) < .01
+
+
+@pytest.mark.parametrize('conv', [dict(bias=True), dict(groups=2), dict(dilation=2), dict(padding='same')])
+def test_other_convolutions_are_left_to_pytorch(conv, monkeypatch):
+    monkeypatch.setattr(ProductGradients, 'weights', 1)
+    torch.manual_seed(0)
+    net,x = nn.Conv2d(8, 8, 3, **{'padding': 1, 'bias': False, **conv}),torch.randn(2, 8, 4, 4)
+    *with_mode,name = gradients(net, x, ProductGradients())
+    *without,_ = gradients(net, x)
+    assert 'ByProduct' not in name and same(with_mode, without)
+
+
+def test_a_product_is_for_many_weights_small_maps_and_gradients():
+    wide,x = nn.Conv2d(256, 256, 3, padding=1, bias=False),torch.randn(2, 256, 4, 4)
+    def name(conv, x):
+        with torch.autocast('cpu', torch.bfloat16), ProductGradients(): return conv(x).grad_fn and conv(x).grad_fn.name()
+    assert 'ByProduct' in name(wide, x) and 'ByProduct' in name(wide, x.requires_grad_())
+    assert 'ByProduct' not in name(wide, torch.randn(2, 256, 4, 5)) and 'ByProduct' not in name(nn.Conv2d(256, 128, 3, padding=1, bias=False), x)
+    with torch.no_grad(): assert name(wide, x) is None
+    assert 'ByProduct' not in name(wide.requires_grad_(False), x)
+    with torch.autocast('cpu', torch.bfloat16), ProductGradients():
+        w = torch.randn(256, 256, 3, 3, requires_grad=True)
+        for o in (2, 1), ((2, 2), (1, 1)), (): assert 'ByProduct' in torch.nn.functional.conv2d(x, w, None, *o).grad_fn.name()
+        assert torch.nn.functional.conv2d(x, w, stride=2).shape == (2, 256, 1, 1)
+
+
+@pytest.mark.parametrize('amx, half, products', [(True, 'bfloat16', True), (False, 'bfloat16', False), (True, 'float16', False)])
+def test_a_training_uses_products_where_onednn_adds_slowly(amx, half, products, monkeypatch):
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+    monkeypatch.setattr(ProductGradients, 'weights', 1)
+    seen = []
+    product = precision._ConvByProduct.apply
+    monkeypatch.setattr(precision._ConvByProduct, 'apply', lambda *args: seen.append(args[0].shape) or product(*args))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2))
+    learn = small_learner([HalfPrecision(half)], net=net)
+    train(learn, epochs=1)
+    assert len(seen) == 4*products # a batch each, and none of the validation
 
 
 # --- float32, determinism, tuning
