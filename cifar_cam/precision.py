@@ -78,16 +78,14 @@ def pick_precision(
 
 # %% ../nbs/08_precision.ipynb #08prod1
 class _ConvByProduct(torch.autograd.Function):
-    "A convolution in bfloat16 whose weights' gradient is one matrix product over the places of all images"
+    "A convolution whose weights' gradient is one matrix product over the places of all images"
     @staticmethod
-    @torch.amp.custom_fwd(device_type='cpu', cast_inputs=torch.bfloat16)
     def forward(ctx, x, weight, stride, padding):
         ctx.save_for_backward(x, weight)
         ctx.stride,ctx.padding = stride,padding
         return F.conv2d(x, weight, None, stride, padding)
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type='cpu')
     def backward(ctx, grad):
         x,weight = ctx.saved_tensors
         of_x = of_weight = None
@@ -108,26 +106,34 @@ def _seen_by_kernel(x, grad, weight, stride, padding):
 
 # %% ../nbs/08_precision.ipynb #08prod2
 class ProductGradients(TorchFunctionMode):
-    """Inside, convolutions on the CPU with many weights and small maps compute their weights' gradient as one matrix
-    product, in bfloat16: the same number up to rounding"""
-    weights = 2**19 # of a convolution, from which on they fill 2 MB, which is a core's own cache
-    places = 16 # of its map, up to which the product is faster
+    """Inside bfloat16's autocast on a CPU, convolutions with many weights and small maps compute their weights'
+    gradient as one matrix product: the same number up to rounding. PyTorch computes those with a bias, groups or
+    dilation as before, and those of a compiled network"""
+    weights = 2**19 # at least so many: 2 MB in float32, which is a core's L2 cache on many processors
+    places = 16 # at most so many in its map: at 64 oneDNN is as fast
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.conv2d and not kwargs:
             x,weight,*options = args
             steps = self._steps(x, weight, *options)
-            if steps: return _ConvByProduct.apply(x, weight, *steps)
+            # cast out here, where autograd sees it: so second derivatives are right too
+            if steps: return _ConvByProduct.apply(x.to(torch.bfloat16), weight.to(torch.bfloat16), *steps)
         return func(*args, **(kwargs or {}))
 
     def _steps(self, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         "Stride and padding of a convolution that is faster by a product, else None"
+        if not _in_bfloat16(x): return None
         if bias is not None or groups!=1 or x.ndim!=4 or weight.numel() < self.weights: return None
         if not (weight.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling(): return None
         if isinstance(padding, str) or _pair(dilation)!=(1, 1): return None
         stride,padding = _pair(stride),_pair(padding)
         height,width = ((side + 2*p - k)//s + 1 for side,p,k,s in zip(x.shape[2:], padding, weight.shape[2:], stride))
         return (stride, padding) if height*width <= self.places else None
+
+def _in_bfloat16(x):
+    "Does autocast convert `x` to bfloat16, on a CPU?"
+    if x.device.type!='cpu' or not torch.is_autocast_enabled('cpu'): return False
+    return torch.get_autocast_dtype('cpu')==torch.bfloat16
 
 def _pair(n): return tuple(n) if isinstance(n, (tuple, list)) else (n, n)
 

@@ -54,9 +54,9 @@ def test_cam():
 
 def test_small_maps():
     from small_maps import measure
-    res = measure(('davidnet',), sizes=(8,), bs=4, rounds=1)
-    check(res, 1, 'oneDNN', 'products', 'ratio')
-    assert len(res['ratios']) == 1
+    res = measure(('davidnet',), sizes=(8,), convolutions=[(8, 2)], bs=4, rounds=1)
+    check(res, 2, 'oneDNN', 'products', 'ratio')
+    assert len(res['ratios']) == 2
 
 
 def test_memory_and_files(shapes):

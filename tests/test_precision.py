@@ -191,7 +191,8 @@ def test_the_finder_works_in_float16():
 
 def gradients(conv, x, *contexts):
     "Of the weights and of the image, and the name of the operation, in bfloat16 inside `contexts`"
-    x,conv.weight.grad = x.clone().requires_grad_(),None
+    x = x.clone().requires_grad_()
+    conv.weight.grad = None
     with ExitStack() as stack:
         for context in torch.autocast('cpu', torch.bfloat16), *contexts: stack.enter_context(context)
         out = conv(x)
@@ -222,14 +223,16 @@ def test_a_product_gives_the_gradients_of_a_convolution(conv, last, monkeypatch)
 def test_other_convolutions_are_left_to_pytorch(conv, monkeypatch):
     monkeypatch.setattr(ProductGradients, 'weights', 1)
     torch.manual_seed(0)
-    net,x = nn.Conv2d(8, 8, 3, **{'padding': 1, 'bias': False, **conv}),torch.randn(2, 8, 4, 4)
+    net = nn.Conv2d(8, 8, 3, **{'padding': 1, 'bias': False, **conv})
+    x = torch.randn(2, 8, 4, 4)
     *with_mode,name = gradients(net, x, ProductGradients())
     *without,_ = gradients(net, x)
     assert 'ByProduct' not in name and same(with_mode, without)
 
 
 def test_a_product_is_for_many_weights_small_maps_and_gradients():
-    wide,x = nn.Conv2d(256, 256, 3, padding=1, bias=False),torch.randn(2, 256, 4, 4)
+    wide = nn.Conv2d(256, 256, 3, padding=1, bias=False)
+    x = torch.randn(2, 256, 4, 4)
     def name(conv, x):
         with torch.autocast('cpu', torch.bfloat16), ProductGradients(): return conv(x).grad_fn and conv(x).grad_fn.name()
     assert 'ByProduct' in name(wide, x) and 'ByProduct' in name(wide, x.requires_grad_())
@@ -240,6 +243,31 @@ def test_a_product_is_for_many_weights_small_maps_and_gradients():
         w = torch.randn(256, 256, 3, 3, requires_grad=True)
         for o in (2, 1), ((2, 2), (1, 1)), (): assert 'ByProduct' in torch.nn.functional.conv2d(x, w, None, *o).grad_fn.name()
         assert torch.nn.functional.conv2d(x, w, stride=2).shape == (2, 256, 1, 1)
+
+
+@pytest.mark.parametrize('context', [nullcontext, lambda: torch.autocast('cpu', torch.float16)])
+def test_a_product_is_for_bfloat16_only(context, monkeypatch):
+    monkeypatch.setattr(ProductGradients, 'weights', 1)
+    with context(), ProductGradients(): out = nn.Conv2d(8, 8, 3, padding=1, bias=False)(torch.randn(2, 8, 4, 4))
+    assert 'ByProduct' not in out.grad_fn.name() and out.dtype!=torch.bfloat16
+
+
+def test_a_penalty_of_gradients_has_its_second_derivatives(monkeypatch):
+    monkeypatch.setattr(ProductGradients, 'weights', 1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.Tanh())
+    x = torch.randn(4, 8, 4, 4, requires_grad=True)
+    def penalty(*contexts):
+        net.zero_grad()
+        with ExitStack() as stack:
+            for context in contexts: stack.enter_context(context)
+            out = net(x)
+        slope, = torch.autograd.grad(out.float().square().sum(), x, create_graph=True)
+        slope.square().mean().backward()
+        return [p.grad.clone() for p in net.parameters()]
+    exact = penalty()
+    by_products = penalty(torch.autocast('cpu', torch.bfloat16), ProductGradients())
+    assert all(far(p, e) < .05 for p,e in zip(by_products, exact))
 
 
 @pytest.mark.parametrize('amx, half, products', [(True, 'bfloat16', True), (False, 'bfloat16', False), (True, 'float16', False)])
