@@ -49,26 +49,24 @@ _SAID_BY_LOG = {
 
 # %% ../nbs/18a_comparison.ipynb #18pubwhy
 _TWO_HOURS = dict(epochs='two hours on two cores')
+_MUON = dict(
+    bs='a step of Muon takes as long for few images', init='as in the trials', lr='the better of two held-out trials',
+    pct_start="fastai's default", label_smoothing='short trainings are better with it (Page 2019)',
+    resize='more epochs in the same time')
 _OUR_REASONS = {
     'resnet18-plateau': _TWO_HOURS | dict(
         opt='Nesterov learns faster in 20 epochs', lr='61 % after one epoch, against 40 from 0.1',
         factor='20 epochs leave room for two falls', patience='one bad epoch ends a high rate too soon',
         floor='there is none to keep', wd='usual for CIFAR-10'),
-    'resnet18-onecycle': dict(
-        epochs='two hours on two cores', bs='a step of Muon takes as long for few images',
-        opt='eleven points ahead in short trials', lr='the better of two held-out trials', init='as in the trials',
-        div="fastai's default", pct_start="fastai's default", padding='no black borders',
-        flip='an object and its mirror image are of one class', cutout='a short training learns from more image',
-        label_smoothing='short trainings are better with it (Page 2019)', resize='more epochs in the same time'),
+    'resnet18-onecycle': _TWO_HOURS | _MUON | dict(
+        opt='eleven points ahead in short trials', div="fastai's default", padding='no black borders',
+        flip='an object and its mirror image are of one class', cutout='a short training learns from more image'),
     'davidnet': dict(
         arch='Page scales the logits by 1/8', lr='the peak that Page published for this network',
         lr_min='0.005 of the peak', padding='no black borders', opt='as Page'),
     'resnet18-albumentations': _TWO_HOURS | dict(
         lr='as resnet18-plateau', factor='20 epochs leave room for two falls', watch='losses are less noisy'),
-    'resnet18-layernorm': dict(
-        epochs='an hour on two cores', bs='a step of Muon takes as long for few images', init='as in the trials',
-        opt='learns faster in short trials', lr='the better of two held-out trials', pct_start="fastai's default",
-        label_smoothing='short trainings are better with it (Page 2019)', resize='more epochs in the same time')}
+    'resnet18-layernorm': _MUON | dict(epochs='an hour on two cores', opt='learns faster in short trials')}
 
 # %% ../nbs/18a_comparison.ipynb #18showre
 def show_recipe(

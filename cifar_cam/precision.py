@@ -122,7 +122,7 @@ class ProductGradients(TorchFunctionMode):
 
     def _steps(self, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         "Stride and padding of a convolution that is faster by a product, else None"
-        if not _in_bfloat16(x): return None
+        if not _in_bfloat16(x, weight): return None
         if bias is not None or groups!=1 or x.ndim!=4 or weight.numel() < self.weights: return None
         if not (weight.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling(): return None
         if isinstance(padding, str) or _pair(dilation)!=(1, 1): return None
@@ -130,9 +130,10 @@ class ProductGradients(TorchFunctionMode):
         height,width = ((side + 2*p - k)//s + 1 for side,p,k,s in zip(x.shape[2:], padding, weight.shape[2:], stride))
         return (stride, padding) if height*width <= self.places else None
 
-def _in_bfloat16(x):
-    "Does autocast convert `x` to bfloat16, on a CPU?"
+def _in_bfloat16(x, weight):
+    "Does autocast compute with both in bfloat16, on a CPU? It leaves float64 as it is"
     if x.device.type!='cpu' or not torch.is_autocast_enabled('cpu'): return False
+    if not {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}: return False
     return torch.get_autocast_dtype('cpu')==torch.bfloat16
 
 def _pair(n): return tuple(n) if isinstance(n, (tuple, list)) else (n, n)

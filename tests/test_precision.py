@@ -252,6 +252,14 @@ def test_a_product_is_for_bfloat16_only(context, monkeypatch):
     assert 'ByProduct' not in out.grad_fn.name() and out.dtype!=torch.bfloat16
 
 
+def test_float64_stays_float64(monkeypatch):
+    monkeypatch.setattr(ProductGradients, 'weights', 1)
+    conv = nn.Conv2d(8, 8, 3, padding=1, bias=False).double()
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    with torch.autocast('cpu', torch.bfloat16), ProductGradients(): out = conv(x)
+    assert out.dtype==torch.float64 and torch.equal(out, conv(x))
+
+
 def test_a_penalty_of_gradients_has_its_second_derivatives(monkeypatch):
     monkeypatch.setattr(ProductGradients, 'weights', 1)
     torch.manual_seed(0)
